@@ -1,0 +1,330 @@
+"""Bundle: a folder with everything a server needs to score one model, each file hashed in `manifest.json`.
+
+Reading needs NumPy only. Nothing in a bundle is a pickle. The format is specified in docs/bundle-format.md; bundles are
+written by `dlrm_deploy.export`, plans are added by `dlrm_deploy.engines.tensorrt`.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dlrm_deploy.batch import Batch
+from dlrm_deploy.config import ModelConfig, from_mapping
+from dlrm_deploy.errors import BundleError, ConfigError, DlrmDeployError
+from dlrm_deploy.files import atomic_file, sha256_file
+
+FORMAT = "dlrm-deploy bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+DENSE = "dense.npz"
+GOLDEN = "golden.npz"
+
+Verify = Literal["auto", "full", "none"]
+
+# A full hash of 2 GB takes longer than the rest of loading: `verify="auto"` hashes files up to this size and
+# compares the sizes of larger ones. `inspect`, `check` and `verify="full"` hash everything.
+AUTO_HASH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One input or output of the graph; named dimensions are strings."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableGroupRecord:
+    """One external-data file: the float32 matrix [rows, width] of a table group."""
+
+    name: str
+    file: str
+    rows: int
+    width: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRecord:
+    """One built engine plan and the sidecar that describes it."""
+
+    engine: str
+    plan: str
+    sidecar: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What `manifest.json` says. Paths are relative to the bundle, with forward slashes."""
+
+    format_version: int
+    model: ModelConfig
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    operators: dict[str, int]
+    """Our operators and their versions."""
+
+    opset: int
+    precision: dict[str, str]
+    """Stored number formats: tables and mlp."""
+
+    table_groups: tuple[TableGroupRecord, ...]
+    files: dict[str, FileRecord]
+    provenance: dict[str, Any]
+    plans: tuple[PlanRecord, ...] = ()
+    parity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Latest parity record of each engine."""
+
+    @property
+    def index_dtype(self) -> np.dtype[Any]:
+        """Type of the graph's `indices` input: int32 or int64."""
+        return np.dtype(next(spec.dtype for spec in self.inputs if spec.name == "indices"))
+
+    def to_json(self) -> str:
+        plain = asdict(self)
+        plain["model"] = self.model.to_dict()
+        return json.dumps({"format": FORMAT, **plain}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Parse a manifest.
+
+        Raises:
+            BundleError: not a manifest, or one of a newer version.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as err:
+            raise BundleError(f"{where} is not valid JSON: {err}. Export the bundle again.") from err
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise BundleError(f"{where} is not the manifest of a dlrm-deploy bundle.")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{where} is of format version {version}, and this dlrm-deploy reads version {FORMAT_VERSION}. "
+                "Install a release that reads it, or export the bundle again."
+            )
+        try:
+            values["model"] = ModelConfig.from_dict(values.get("model", {}), f"{where}, model")
+            for key, kind in (("inputs", TensorSpec), ("outputs", TensorSpec), ("plans", PlanRecord)):
+                values[key] = tuple(from_mapping(kind, v, f"{where}, {key}") for v in values.get(key, ()))
+            values["inputs"] = tuple(replace(s, shape=tuple(s.shape)) for s in values["inputs"])
+            values["outputs"] = tuple(replace(s, shape=tuple(s.shape)) for s in values["outputs"])
+            values["table_groups"] = tuple(
+                from_mapping(TableGroupRecord, v, f"{where}, table_groups") for v in values.get("table_groups", ())
+            )
+            values["files"] = {
+                name: from_mapping(FileRecord, v, f"{where}, files") for name, v in values.get("files", {}).items()
+            }
+            manifest = from_mapping(cls, values, where)
+        except (ConfigError, TypeError, AttributeError) as err:
+            raise BundleError(f"{where} is damaged: {err} Export the bundle again.") from err
+        manifest._check(where)
+        return manifest
+
+    def _check(self, where: str) -> None:
+        for name in self.files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise BundleError(
+                    f"{where} names {name!r}, which is outside the bundle. It was not made by dlrm-deploy."
+                )
+        listed = [record.file for record in self.table_groups]
+        listed += [name for record in self.plans for name in (record.plan, record.sidecar)]
+        missing = sorted({MODEL, DENSE, GOLDEN, *listed} - set(self.files))
+        if missing:
+            raise BundleError(
+                f"{where} is damaged: it lists no hash for {', '.join(missing)}. Export the bundle again."
+            )
+        if len(self.table_groups) != len(self.model.groups):
+            raise BundleError(
+                f"{where} is damaged: {len(self.table_groups)} table groups for {len(self.model.groups)}."
+            )
+        for record, group in zip(self.table_groups, self.model.groups, strict=True):
+            size = self.files[record.file].size
+            if (record.rows, record.width, size) != (group.rows, group.width, group.bytes):
+                raise BundleError(
+                    f"{where} is damaged: {record.file} is listed as {record.rows} x {record.width} in {size} bytes, but "
+                    f"the model needs {group.rows} x {group.width} in {group.bytes} bytes. Export the bundle again."
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """A few real inputs and the probabilities [B] float32 that the PyTorch model gave for them at export."""
+
+    batch: Batch
+    probabilities: npt.NDArray[np.float32]
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What `golden.npz` holds."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "dense": self.batch.dense,
+            "indices": self.batch.indices,
+            "offsets": self.batch.offsets,
+            "probabilities": self.probabilities,
+        }
+        if self.batch.weights is not None:
+            arrays["weights"] = self.batch.weights
+        return arrays
+
+    @classmethod
+    def read(cls, path: Path) -> Golden:
+        """Read a `golden.npz`, from a bundle or a checkpoint.
+
+        Raises:
+            BundleError: missing or damaged.
+        """
+        arrays = read_npz(path)
+        try:
+            batch = Batch(arrays["dense"], arrays["indices"], arrays["offsets"], arrays.get("weights"))
+            probabilities = arrays["probabilities"]
+        except KeyError as err:
+            raise BundleError(f"{path} is damaged: it holds no {err}.") from err
+        except DlrmDeployError as err:
+            raise BundleError(f"{path} is damaged: {err}") from err
+        if probabilities.shape != (batch.batch_size,) or probabilities.dtype != np.float32:
+            raise BundleError(f"{path} is damaged: probabilities are {probabilities.dtype} {probabilities.shape}.")
+        return cls(batch, probabilities)
+
+
+class Bundle:
+    """An opened bundle. Its files were verified as `verify` says; tables are mapped, not read."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path | str, verify: Verify = "auto") -> Bundle:
+        """Open the bundle at `path`.
+
+        Args:
+            path: the folder.
+            verify: "auto" hashes every file up to 64 MiB and compares the sizes of larger ones; "full" hashes all;
+                "none" compares sizes only. Plans are verified when their engine opens them.
+
+        Raises:
+            BundleError: no bundle, a newer version, or a file that is missing, truncated or altered; the message names it.
+        """
+        path = Path(path)
+        manifest_path = path / MANIFEST
+        try:
+            text = manifest_path.read_text(encoding="utf-8")
+        except FileNotFoundError as err:
+            raise BundleError(
+                f"{path} is not a bundle: it holds no {MANIFEST}. Make one with `dlrm-deploy export`."
+            ) from err
+        except (OSError, UnicodeDecodeError) as err:
+            raise BundleError(f"cannot read {manifest_path}: {err}.") from err
+        bundle = cls(path, Manifest.from_json(text, str(manifest_path)))
+        plans = {name for record in bundle.manifest.plans for name in (record.plan, record.sidecar)}
+        for name in bundle.manifest.files:
+            if name not in plans:
+                bundle.verify_file(name, verify)
+        return bundle
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.manifest.model
+
+    def verify_file(self, name: str, verify: Verify = "full") -> None:
+        """Raise `BundleError` if the file is missing, or its size or hash is not the manifest's."""
+        record, path = self.manifest.files[name], self.path / name
+        remedy = "Copy the bundle again, or export it again."
+        try:
+            size = path.stat().st_size
+            if size != record.size:
+                raise BundleError(
+                    f"{path} has {size} bytes, the manifest says {record.size}: it was cut or altered. {remedy}"
+                )
+            hashed = verify == "full" or (verify == "auto" and size <= AUTO_HASH_BYTES)
+            if hashed and sha256_file(path) != record.sha256:
+                raise BundleError(f"{path} was altered: its SHA-256 is not the manifest's. {remedy}")
+        except FileNotFoundError as err:
+            raise BundleError(f"{path} is missing. {remedy}") from err
+        except OSError as err:
+            raise BundleError(f"cannot read {path}: {err}.") from err
+
+    def altered_files(self) -> list[str]:
+        """Hash every file in full; one message for each that is missing or altered."""
+        problems = []
+        for name in self.manifest.files:
+            try:
+                self.verify_file(name)
+            except BundleError as err:
+                problems.append(str(err))
+        return problems
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / MODEL
+
+    def map_tables(self) -> list[npt.NDArray[np.float32]]:
+        """The matrices [rows, width] of the table groups, in order, mapped read-only from their files."""
+        return [
+            np.memmap(self.path / record.file, np.float32, "r", shape=(record.rows, record.width))
+            for record in self.manifest.table_groups
+        ]
+
+    def dense_weights(self) -> dict[str, npt.NDArray[np.float32]]:
+        """All parameters but the tables, by checkpoint key (`dlrm_deploy.model.keys`)."""
+        return read_npz(self.path / DENSE)
+
+    def golden(self) -> Golden:
+        return Golden.read(self.path / GOLDEN)
+
+    def record_parity(self, engine: str, record: dict[str, Any]) -> None:
+        """Store the latest parity record of an engine in the manifest."""
+        self._update(lambda manifest: replace(manifest, parity={**manifest.parity, engine: record}))
+
+    def add_plan(self, record: PlanRecord) -> None:
+        """List a plan and its sidecar, already written under `engines/`, replacing an earlier plan of the same engine."""
+        added = {
+            name: FileRecord(size=(self.path / name).stat().st_size, sha256=sha256_file(self.path / name))
+            for name in (record.plan, record.sidecar)
+        }
+        replaced = [old for old in self.manifest.plans if old.engine == record.engine]
+        dropped = {name for old in replaced for name in (old.plan, old.sidecar)} - set(added)
+
+        def change(manifest: Manifest) -> Manifest:
+            files = {name: file for name, file in manifest.files.items() if name not in dropped}
+            plans = tuple(old for old in manifest.plans if old.engine != record.engine)
+            return replace(manifest, files={**files, **added}, plans=(*plans, record))
+
+        self._update(change)
+        for name in dropped:
+            (self.path / name).unlink(missing_ok=True)
+
+    def _update(self, change: Callable[[Manifest], Manifest]) -> None:
+        self.manifest = change(self.manifest)
+        with atomic_file(self.path / MANIFEST) as temporary:
+            temporary.write_text(self.manifest.to_json(), encoding="utf-8")
+
+
+def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """All arrays of an .npz; pickled objects are refused."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as err:
+        raise BundleError(f"cannot read {path}: {err}.") from err

@@ -1,0 +1,134 @@
+"""Write files and folders so that they are there whole or not at all, and hash them.
+
+Everything is made beside its place and renamed. A process killed half-way leaves a hidden `.NAME.partial-PID` behind, which the
+next write to the same place removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dlrm_deploy.errors import OutputError
+
+_CHUNK = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces so that memory stays flat."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def output_errors(out: Path) -> Iterator[None]:
+    """Turn what the operating system says while writing `out` into an `OutputError`."""
+    try:
+        yield
+    except OSError as err:
+        raise OutputError(
+            f"cannot write {out}: {err.strerror or err}. Nothing was left there; choose a place that is writable and has room."
+        ) from err
+
+
+@contextmanager
+def atomic_folder(out: Path, overwrite: bool = False, marker: str = "manifest.json") -> Iterator[Path]:
+    """Yield an empty folder that becomes `out` when the block ends, and vanishes if it fails.
+
+    Args:
+        out: where the folder will be.
+        overwrite: replace what is there, provided that it holds `marker`, so that a mistyped path cannot cost a home folder.
+
+    Raises:
+        OutputError: `out` exists, or cannot be written.
+    """
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise OutputError(f"{out} exists already. Choose another --out, or add --overwrite to replace it.")
+        if not (out / marker).is_file():
+            raise OutputError(f"{out} exists and holds no {marker}, so it is not replaced. Choose another --out.")
+    with output_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        partial = _beside(out, "partial")
+        partial.mkdir()
+    try:
+        with output_errors(out):
+            yield partial
+            _sync(partial)
+            old = _beside(out, "old")
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+            _sync_entry(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(out: Path) -> Iterator[Path]:
+    """Yield a path to write; it replaces `out` when the block ends, and vanishes if it fails."""
+    partial = _beside(out, "partial")
+    try:
+        with output_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(out)
+            yield partial
+            _sync_entry(partial)
+            partial.replace(out)
+            _sync_entry(out.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _beside(out: Path, kind: str) -> Path:
+    return out.parent / f".{out.name}.{kind}-{os.getpid()}"
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what earlier processes, now dead, left beside `out`; bring back an `out` that one had moved aside."""
+    for left in out.parent.glob(f".{out.name}.*-*"):
+        kind, _, pid = left.name.removeprefix(f".{out.name}.").partition("-")
+        if kind not in ("partial", "old") or not pid.isdigit() or _is_alive(int(pid)):
+            continue
+        if kind == "old" and not out.exists():
+            left.rename(out)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync_entry(Path(parent) / name)
+        _sync_entry(Path(parent))
+
+
+def _sync_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""The DLRM in plain PyTorch, nothing about deployment."""

@@ -1,0 +1,105 @@
+"""ONNX Runtime engines: with our kernels, and stock, where the function bodies in the model run.
+
+Both read the same `model.onnx`; tables are mapped by ONNX Runtime, not copied.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from dlrm_deploy.engines.native_library import kernel_path
+
+from dlrm_deploy.batch import Batch
+from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.engines.engine import Engine, with_index_dtype
+from dlrm_deploy.engines.library import library_path
+from dlrm_deploy.errors import BatchError, EngineError
+
+_FATAL = 4  # errors come back as exceptions; ONNX Runtime need not print them as well
+
+
+class StockOnnxRuntimeEngine(Engine):
+    """ONNX Runtime as installed from PyPI: our operators run as function bodies of standard operators."""
+
+    name: ClassVar[str] = "onnxruntime-stock"
+    uses_library: ClassVar[bool] = False
+
+    def __init__(self, bundle: Bundle, threads: int, spin: bool = True) -> None:
+        super().__init__(bundle, threads)
+        self._spin = spin
+        self._session = self._open(self._options())
+        self._index_dtype = bundle.manifest.index_dtype
+        self._takes_offsets = any(spec.name == "offsets" for spec in bundle.manifest.inputs)
+
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = _FATAL
+        if not self._spin:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.uses_library:
+            options.register_custom_ops_library(str(library_path()))
+        return options
+
+    def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        try:
+            return ort.InferenceSession(self.bundle.model_path, options, providers=["CPUExecutionProvider"])
+        except Exception as err:  # ONNX Runtime's exceptions have no common base but Exception
+            raise EngineError(f"ONNX Runtime {ort.__version__} cannot open {self.bundle.model_path}: {err}") from err
+
+    def _feed(self, batch: Batch) -> dict[str, npt.NDArray[np.generic]]:
+        indices, offsets = with_index_dtype(batch, self._index_dtype)
+        feed: dict[str, npt.NDArray[np.generic]] = {"dense": batch.dense, "indices": indices}
+        if self._takes_offsets:
+            feed["offsets"] = offsets
+        if batch.weights is not None:
+            feed["weights"] = batch.weights
+        return feed
+
+    def _run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        try:
+            (probabilities,) = self._session.run(None, self._feed(batch))
+        except Exception as err:  # as above
+            bad_ids = batch.explain_bad_ids(self.bundle.config) if self.bundle.config.index_policy == "error" else None
+            if bad_ids:
+                raise BatchError(bad_ids) from err
+            raise EngineError(f"ONNX Runtime failed on a batch of {batch.batch_size} samples: {err}") from err
+        result: npt.NDArray[np.float32] = probabilities
+        return result
+
+    def implementations(self) -> dict[str, str]:
+        """Found by profiling one golden sample: an operator that runs as itself ran our kernel."""
+        with tempfile.TemporaryDirectory() as folder:
+            options = self._options()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._open(options)
+            session.run(None, self._feed(self.bundle.golden().batch.rows(0, 1)))
+            events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+        ran = {
+            event["args"]["op_name"] for event in events if event.get("cat") == "Node" and "op_name" in event["args"]
+        }
+        return {
+            operator: f"C++ kernel ({kernel_path()})" if operator in ran else "function body of standard operators"
+            for operator in self.bundle.manifest.operators
+        }
+
+    @property
+    def version(self) -> str:
+        return f"onnxruntime {ort.__version__}"
+
+    def close(self) -> None:
+        del self._session
+
+
+class OnnxRuntimeEngine(StockOnnxRuntimeEngine):
+    """ONNX Runtime with our custom-op library: its kernels take precedence over the function bodies."""
+
+    name: ClassVar[str] = "onnxruntime"
+    uses_library: ClassVar[bool] = True

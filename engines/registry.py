@@ -1,0 +1,57 @@
+"""The one list of engines: names, how to open each, and why one cannot be opened here."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.engines.engine import Engine
+from dlrm_deploy.errors import EngineError, MissingDependencyError
+
+ENGINE_NAMES: tuple[str, ...] = ("onnxruntime", "onnxruntime-stock", "torch", "tensorrt-rtx", "tensorrt")
+PLAN_ENGINES: tuple[str, ...] = ("tensorrt-rtx", "tensorrt")
+
+_MODULES = {"torch": "torch", "tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+_EXTRAS = {"torch": "train", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+
+
+def missing_package(name: str) -> str | None:
+    """What to install before engine `name` can be used, or None."""
+    module = _MODULES.get(name)
+    if module is None or find_spec(module) is not None:
+        return None
+    return f"engine {name} needs the package {module}. Install it with `pip install 'dlrm-deploy[{_EXTRAS[name]}]'`."
+
+
+def open_engine(bundle: Bundle, name: str, *, threads: int | None = None, spin: bool = True) -> Engine:
+    """Open a bundle with the engine of that name.
+
+    Args:
+        bundle: an opened bundle.
+        name: one of `ENGINE_NAMES`.
+        threads: CPU threads; None for one per core that this process may use.
+        spin: let idle ONNX Runtime threads spin between calls: faster when the engine has the machine to itself,
+            and harmful where several engines share it.
+
+    Raises:
+        EngineError: no engine has that name, or it cannot be opened here.
+    """
+    if name not in ENGINE_NAMES:
+        raise EngineError(f"no engine is named {name!r}. Engines: {', '.join(ENGINE_NAMES)}.")
+    missing = missing_package(name)
+    if missing:
+        raise MissingDependencyError(missing)
+    threads = threads or len(os.sched_getaffinity(0))
+    if name == "torch":
+        from dlrm_deploy.engines.torch_eager import TorchEngine
+
+        return TorchEngine(bundle, threads)
+    if name in PLAN_ENGINES:
+        from dlrm_deploy.engines.tensorrt.engine import open_tensorrt_engine
+
+        return open_tensorrt_engine(bundle, name, threads)
+    from dlrm_deploy.engines.ort import OnnxRuntimeEngine, StockOnnxRuntimeEngine
+
+    kind = OnnxRuntimeEngine if name == "onnxruntime" else StockOnnxRuntimeEngine
+    return kind(bundle, threads, spin)

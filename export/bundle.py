@@ -1,0 +1,166 @@
+"""Export a model to a bundle: stream the tables, write the graph, score the golden batch, hash everything.
+
+Main path: `export_bundle` -> `_write_tables` -> `graph.write_model` -> `_golden` -> `_manifest`. All of it happens in a
+folder beside the place, renamed at the end.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+import dlrm_deploy
+from dlrm_deploy.bundle import (
+    DENSE,
+    FORMAT_VERSION,
+    GOLDEN,
+    MANIFEST,
+    MODEL,
+    Bundle,
+    FileRecord,
+    Golden,
+    Manifest,
+    TableGroupRecord,
+)
+from dlrm_deploy.config import IndexPolicy, TableGroup
+from dlrm_deploy.data.random import random_batch
+from dlrm_deploy.errors import CheckpointError
+from dlrm_deploy.export.graph import signature, write_model
+from dlrm_deploy.export.nodes import DOMAIN, OPSET
+from dlrm_deploy.export.sources import Source
+from dlrm_deploy.files import atomic_folder, sha256_file
+
+GOLDEN_ROWS = 64
+# What a bundle's float32 PyTorch reference may differ from the trainer's own outputs: the same arithmetic on the same weights, so only
+# the order of additions, which depends on batch size and threads.
+GOLDEN_LIMIT = 1e-6
+
+Progress = Callable[[int], None]
+"""Called with the number of table bytes just written."""
+
+
+def export_bundle(
+    source: Source,
+    out: Path,
+    *,
+    index_dtype: str = "int64",
+    index_policy: IndexPolicy | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda count: None,
+) -> Bundle:
+    """Write the bundle of a model.
+
+    Args:
+        source: the model.
+        out: the folder to make.
+        index_dtype: type of the graph's ids and offsets, "int64" or "int32".
+        index_policy: what happens to ids out of range; None keeps the model's own.
+        overwrite: replace a bundle that is there.
+        progress: told how many bytes of tables were written.
+
+    Returns:
+        The bundle, opened.
+
+    Raises:
+        OutputError: `out` exists or cannot be written; nothing is left there.
+        CheckpointError: a tensor is missing or misshaped, or the exported model does not give the trainer's outputs.
+    """
+    config = source.config
+    if index_policy is not None:
+        config = replace(config, index_policy=index_policy)
+    with atomic_folder(out, overwrite, MANIFEST) as folder:
+        tables = tuple(_write_tables(folder, group, source, progress) for group in config.groups)
+        dense = source.dense()
+        np.savez(folder / DENSE, allow_pickle=False, **dense)
+        onnx.save(write_model(config, dense, tables, index_dtype), folder / MODEL)
+        onnx.checker.check_model(folder / MODEL, full_check=True)
+        inputs, outputs = signature(config, index_dtype)
+        operators = {"TableBatchedEmbeddingBag": 1}
+        if config.interaction == "dot":
+            operators["DotInteraction"] = 1
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            model=config,
+            inputs=inputs,
+            outputs=outputs,
+            operators=operators,
+            opset=OPSET,
+            precision={"tables": "fp32", "mlp": "fp32"},
+            table_groups=tables,
+            files={},
+            provenance={**source.provenance(), **_provenance()},
+        )
+        np.savez(folder / GOLDEN, allow_pickle=False, **_golden(Bundle(folder, manifest), source).arrays())
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        files = {name: _record(folder / name) for name in names}
+        (folder / MANIFEST).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
+    return Bundle.open(out, verify="none")
+
+
+def _write_tables(folder: Path, group: TableGroup, source: Source, progress: Progress) -> TableGroupRecord:
+    """Write the matrix of a table group piece by piece; memory holds one piece at a time."""
+    name = f"tables/{group.name}.bin"
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(group.bytes)
+        for table, row_start in zip(group.tables, group.row_starts, strict=True):
+            seen = 0
+            for first, chunk in source.table_chunks(table.name):
+                if chunk.ndim != 2 or chunk.shape[1] != table.width or first < 0 or first + len(chunk) > table.rows:
+                    raise CheckpointError(
+                        f"table {table.name!r}: rows {first} to {first + len(chunk)} of width {chunk.shape[1:]} do not fit "
+                        f"the model's {table.rows} x {table.width}."
+                    )
+                file.seek((row_start + first) * group.width * 4)
+                file.write(memoryview(np.ascontiguousarray(chunk, "<f4")).cast("B"))
+                seen += len(chunk)
+                progress(chunk.nbytes)
+            if seen != table.rows:
+                raise CheckpointError(f"table {table.name!r}: the source holds {seen} of {table.rows} rows.")
+    return TableGroupRecord(name=group.name, file=name, rows=group.rows, width=group.width, dtype="float32")
+
+
+def _golden(bundle: Bundle, source: Source) -> Golden:
+    """The source's golden batch, after the bundle gave the same outputs; a random one where the source has none."""
+    from dlrm_deploy.engines.torch_eager import TorchEngine
+
+    reference = TorchEngine(bundle, threads=1)
+    golden = source.golden()
+    if golden is None:
+        batch = random_batch(bundle.config, GOLDEN_ROWS, np.random.default_rng(0))
+        return Golden(batch, reference.predict(batch))
+    difference = np.abs(reference.predict(golden.batch) - golden.probabilities)
+    if not np.max(difference, initial=0) <= GOLDEN_LIMIT:
+        row = int(np.argmax(np.nan_to_num(difference, nan=np.inf)))
+        raise CheckpointError(
+            f"the exported model does not give the trainer's outputs: sample {row} of the checkpoint's golden batch differs by "
+            f"{difference[row]:.3g} (limit {GOLDEN_LIMIT:g}). The checkpoint's weights and its golden.npz do not belong together."
+        )
+    return golden
+
+
+def _record(path: Path) -> FileRecord:
+    return FileRecord(size=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _provenance() -> dict[str, Any]:
+    import torch
+
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "dlrm-deploy": dlrm_deploy.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "onnx": onnx.__version__,
+            "domain": f"{DOMAIN} 1",
+        },
+    }

@@ -1,0 +1,104 @@
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from awkward import BagCase, awkward_bags, csr_case, fixed_case, out_of_range_bags
+from onnx import TensorProto, helper
+
+from dlrm_deploy.export.function_bodies import BagAttributes, dot_interaction_function, embedding_bag_function
+from dlrm_deploy.export.nodes import DOMAIN
+from dlrm_deploy.ops.reference import dot_interaction
+
+
+def one_node_model(node: onnx.NodeProto, function: onnx.FunctionProto, feed: dict[str, np.ndarray]) -> np.ndarray:
+    """The output of one node of our domain, run by its function body in stock ONNX Runtime."""
+    inputs = [
+        helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(array.dtype), [f"{name}_{axis}" for axis in range(array.ndim)]
+        )
+        for name, array in feed.items()
+    ]
+    output = helper.make_tensor_value_info("out", TensorProto.FLOAT, [f"out_{axis}" for axis in range(3)])
+    graph = helper.make_graph([node], "test", inputs, [output])
+    if node.op_type == "DotInteraction":
+        del graph.output[0].type.tensor_type.shape.dim[2]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
+    onnx.checker.check_model(model)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    (result,) = ort.InferenceSession(model.SerializeToString(), options).run(None, feed)
+    return result
+
+
+def run_body(case: BagCase) -> np.ndarray:
+    attributes = BagAttributes(
+        **{"pooling_factors": None, **case.attributes},
+        feature_names=tuple(f"f{i}" for i in range(case.attributes["num_features"])),
+        weighted=case.per_sample_weights is not None,
+    )
+    node = helper.make_node(
+        "TableBatchedEmbeddingBag", attributes.inputs(), ["out"], domain=DOMAIN, **attributes.node_attributes()
+    )
+    arrays = {
+        "weights": case.weights,
+        "indices": case.indices,
+        "offsets": case.offsets,
+        "per_sample_weights": case.per_sample_weights,
+    }
+    feed = {name: array for name, array in arrays.items() if array is not None}
+    return one_node_model(node, embedding_bag_function(attributes, ""), feed)
+
+
+@pytest.mark.parametrize("case", awkward_bags(), ids=lambda case: case.name)
+def test_embedding_bag_body_equals_the_reference_on_awkward_bags(case):
+    # Where bags are scattered the order of additions is the reference's; ReduceSum may add in another order:
+    # the bound for the three unit normals of a fixed bag.
+    tolerance = 0 if case.offsets is not None else 3 * 2**-24 * 12
+    np.testing.assert_allclose(run_body(case), case.expected(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("policy", ["clamp", "modulo", "zero"])
+def test_embedding_bag_body_follows_the_index_policy(policy):
+    for case in out_of_range_bags(policy):
+        np.testing.assert_allclose(run_body(case), case.expected(), rtol=0, atol=3e-6, err_msg=case.name)
+
+
+@pytest.mark.parametrize("bad_id", [-1, 5, 2**40])
+@pytest.mark.parametrize("form", ["csr", "fixed"])
+def test_embedding_bag_body_fails_on_a_bad_id_under_policy_error(form, bad_id):
+    make = {"csr": lambda: csr_case("csr", [[1, 1], [2, 0]], rows=(5, 3)), "fixed": lambda: fixed_case("fixed", [1, 1], 2, rows=(5, 3))}
+    case = make[form]()
+    case.indices[0] = bad_id  # row 5 exists, but belongs to the next table
+    with pytest.raises(Exception, match="out of data bounds"):
+        run_body(case)
+
+
+def test_zero_policy_ignores_the_nan_weight_of_a_dropped_id():
+    case = csr_case("csr", [[2], [1]], rows=(5, 3), policy="zero", weighted=True)
+    case.indices[0], case.per_sample_weights[0] = 99, np.nan
+    assert np.isfinite(run_body(case)).all()
+    np.testing.assert_array_equal(run_body(case), case.expected())
+
+
+def test_one_bag_of_a_hundred_thousand_ids_among_many_needs_no_memory_for_the_others():
+    # A padded body would need 2000 x 100,000 x 4 floats, 3.2 GB.
+    lengths = [[1] * 1000, [0] * 999 + [100_000]]
+    case = csr_case("long", lengths, rows=(5, 3))
+    np.testing.assert_array_equal(run_body(case), case.expected())
+
+
+@pytest.mark.parametrize("self_interaction", [False, True])
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_dot_interaction_body_equals_the_reference(self_interaction, batch):
+    rng = np.random.default_rng(1)
+    dense = rng.standard_normal((batch, 6), np.float32)
+    embeddings = rng.standard_normal((batch, 4, 6), np.float32)
+    node = helper.make_node(
+        "DotInteraction", ["dense", "embeddings"], ["out"], domain=DOMAIN, self_interaction=int(self_interaction)
+    )
+    function = dot_interaction_function(4, self_interaction)
+    actual = one_node_model(node, function, {"dense": dense, "embeddings": embeddings})
+    expected = dot_interaction(dense, embeddings, self_interaction=self_interaction)
+    assert actual.shape == expected.shape == (batch, 6 + (15 if self_interaction else 10))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=6 * 2**-23 * 16)
