@@ -78,7 +78,8 @@ class Batch:
         if self.offsets.size != expected:
             raise BatchError(
                 f"offsets has {self.offsets.size} values, but {len(config.features)} sparse features x "
-                f"{self.batch_size} samples + 1 = {expected} are needed. Bags are feature-major: all samples of feature 0 first."
+                f"{self.batch_size} samples + 1 = {expected} are needed. Bags are feature-major: all samples of "
+                "feature 0 first."
             )
         if (self.weights is not None) != config.weighted:
             raise BatchError(
@@ -96,9 +97,9 @@ class Batch:
             f, b = (int(axis[0]) for axis in np.nonzero(wrong))
             feature = config.features[f]
             raise BatchError(
-                f"feature {feature.name!r}, sample {b}: the bag holds {lengths_FB[f, b]} ids, but the model was exported "
-                f"with a fixed pooling factor of {feature.pooling_factor}. Export it without pooling_factor to allow bags "
-                "of any length."
+                f"feature {feature.name!r}, sample {b}: the bag holds {lengths_FB[f, b]} ids, but the model was "
+                f"exported with a fixed pooling factor of {feature.pooling_factor}. Export it without pooling_factor to "
+                "allow bags of any length."
             )
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -154,8 +155,9 @@ class Batch:
         bag = int(np.searchsorted(self.offsets, position, side="right")) - 1
         f, b = divmod(bag, B)
         return (
-            f"feature {config.features[f].name!r}, sample {b}, position {position - int(self.offsets[bag])} of its bag: "
-            f"id {self.indices[position]} is outside [0, {config.feature_rows[f]}); {bad.size} of {self.indices.size} ids are. "
+            f"feature {config.features[f].name!r}, sample {b}, position {position - int(self.offsets[bag])} of its "
+            f"bag: id {self.indices[position]} is outside [0, {config.feature_rows[f]}); {bad.size} of "
+            f"{self.indices.size} ids are. "
             "Hash ids to the table size before scoring, or export with --index-policy clamp, modulo or zero."
         )
 

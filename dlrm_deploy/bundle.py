@@ -163,8 +163,8 @@ class Manifest:
             size = self.files[record.file].size
             if (record.rows, record.width, size) != (group.rows, group.width, group.bytes):
                 raise BundleError(
-                    f"{where} is damaged: {record.file} is listed as {record.rows} x {record.width} in {size} bytes, but "
-                    f"the model needs {group.rows} x {group.width} in {group.bytes} bytes. Export the bundle again."
+                    f"{where} is damaged: {record.file} is listed as {record.rows} x {record.width} in {size} bytes, "
+                    f"but the model needs {group.rows} x {group.width} in {group.bytes} bytes. Export the bundle again."
                 )
 
 
@@ -224,7 +224,8 @@ class Bundle:
                 "none" compares sizes only. Plans are verified when their engine opens them.
 
         Raises:
-            BundleError: no bundle, a newer version, or a file that is missing, truncated or altered; the message names it.
+            BundleError: no bundle, a newer version, or a file that is missing, truncated or altered; the message
+                names it.
         """
         path = Path(path)
         manifest_path = path / MANIFEST
@@ -298,7 +299,7 @@ class Bundle:
         self._update(lambda manifest: replace(manifest, parity={**manifest.parity, engine: record}))
 
     def add_plan(self, record: PlanRecord) -> None:
-        """List a plan and its sidecar, already written under `engines/`, replacing an earlier plan of the same engine."""
+        """List a plan and its sidecar, already written under `engines/`, in place of the same engine's earlier one."""
         added = {
             name: FileRecord(size=(self.path / name).stat().st_size, sha256=sha256_file(self.path / name))
             for name in (record.plan, record.sidecar)

@@ -129,8 +129,8 @@ class TableGroup:
 class ModelConfig:
     """A DLRM: bottom MLP (dense arch), embedding bags, interaction, top MLP (over arch), sigmoid.
 
-    `features` is in batch order. MLP widths leave out the input, which follows from the rest; every hidden layer ends in
-    ReLU, the bottom MLP's last one too, and the top MLP ends in one logit.
+    `features` is in batch order. MLP widths leave out the input, which follows from the rest; every hidden layer
+    ends in ReLU, the bottom MLP's last one too, and the top MLP ends in one logit.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Write files and folders so that they are there whole or not at all, and hash them.
 
-Everything is made beside its place and renamed. A process killed half-way leaves a hidden `.NAME.partial-PID` behind, which the
-next write to the same place removes.
+Everything is made beside its place and renamed. A process killed half-way leaves a hidden
+`.NAME.partial-PID` behind, which the next write to the same place removes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def output_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as err:
         raise OutputError(
-            f"cannot write {out}: {err.strerror or err}. Nothing was left there; choose a place that is writable and has room."
+            f"cannot write {out}: {err.strerror or err}. Nothing was left there; choose a place that is writable and "
+            "has room."
         ) from err
 
 
@@ -44,7 +45,7 @@ def atomic_folder(out: Path, overwrite: bool = False, marker: str = "manifest.js
 
     Args:
         out: where the folder will be.
-        overwrite: replace what is there, provided that it holds `marker`, so that a mistyped path cannot cost a home folder.
+        overwrite: replace what is there, provided that it holds `marker`: a mistyped path cannot cost a home folder.
 
     Raises:
         OutputError: `out` exists, or cannot be written.

@@ -54,7 +54,7 @@ class Engine(ABC):
     def version(self) -> str:
         """Name and version of the library that executes, for reports."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most engines have nothing to release
         """Release memory and threads. The engine cannot be used afterwards."""
 
     def __enter__(self) -> Self:

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-from dlrm_deploy.engines.native_library import kernel_path
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.engine import Engine, with_index_dtype
 from dlrm_deploy.engines.library import library_path
+from dlrm_deploy.engines.native_library import kernel_path
 from dlrm_deploy.errors import BatchError, EngineError
 
 _FATAL = 4  # errors come back as exceptions; ONNX Runtime need not print them as well

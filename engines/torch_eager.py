@@ -11,12 +11,12 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from dlrm_deploy.model.dlrm import DLRM
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.errors import BundleError
+from dlrm_deploy.model.dlrm import DLRM
 from dlrm_deploy.model.keys import dense_shapes
 
 

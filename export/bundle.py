@@ -38,8 +38,8 @@ from dlrm_deploy.export.sources import Source
 from dlrm_deploy.files import atomic_folder, sha256_file
 
 GOLDEN_ROWS = 64
-# What a bundle's float32 PyTorch reference may differ from the trainer's own outputs: the same arithmetic on the same weights, so only
-# the order of additions, which depends on batch size and threads.
+# What the bundle's float32 PyTorch reference may differ from the trainer's own outputs: the same arithmetic on the
+# same weights, so only the order of additions, which depends on batch size and threads.
 GOLDEN_LIMIT = 1e-6
 
 Progress = Callable[[int], None]
@@ -116,8 +116,8 @@ def _write_tables(folder: Path, group: TableGroup, source: Source, progress: Pro
             for first, chunk in source.table_chunks(table.name):
                 if chunk.ndim != 2 or chunk.shape[1] != table.width or first < 0 or first + len(chunk) > table.rows:
                     raise CheckpointError(
-                        f"table {table.name!r}: rows {first} to {first + len(chunk)} of width {chunk.shape[1:]} do not fit "
-                        f"the model's {table.rows} x {table.width}."
+                        f"table {table.name!r}: rows {first} to {first + len(chunk)} of width {chunk.shape[1:]} do not "
+                        f"fit the model's {table.rows} x {table.width}."
                     )
                 file.seek((row_start + first) * group.width * 4)
                 file.write(memoryview(np.ascontiguousarray(chunk, "<f4")).cast("B"))
@@ -141,8 +141,9 @@ def _golden(bundle: Bundle, source: Source) -> Golden:
     if not np.max(difference, initial=0) <= GOLDEN_LIMIT:
         row = int(np.argmax(np.nan_to_num(difference, nan=np.inf)))
         raise CheckpointError(
-            f"the exported model does not give the trainer's outputs: sample {row} of the checkpoint's golden batch differs by "
-            f"{difference[row]:.3g} (limit {GOLDEN_LIMIT:g}). The checkpoint's weights and its golden.npz do not belong together."
+            f"the exported model does not give the trainer's outputs: sample {row} of the checkpoint's golden batch "
+            f"differs by {difference[row]:.3g} (limit {GOLDEN_LIMIT:g}). The checkpoint's weights and its "
+            "golden.npz do not belong together: train again."
         )
     return golden
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
@@ -78,7 +79,10 @@ def embedding_bag_function(attributes: BagAttributes, overload: str) -> onnx.Fun
     if attributes.pooling_factors is None:
         _pool_csr(n, attributes)
     else:
-        _pool_fixed(n, attributes, attributes.pooling_factors)
+        pool_fixed(
+            n, attributes, attributes.pooling_factors,
+            ids=_int64(n, "indices"), table="weights", weights="per_sample_weights", output="pooled",
+        )  # fmt: skip
     # A formal parameter must have a name, also the one that a fixed node leaves out before per-sample weights.
     inputs = [name or "offsets" for name in attributes.inputs()]
     return helper.make_function(
@@ -110,20 +114,29 @@ def dot_interaction(
     return n.op("Concat", dense, triangle, axis=1, output=output)
 
 
-def policy_rows(n: Nodes, ids: str, rows: str, row_starts: str, policy: str, total_rows: str) -> tuple[str, str | None]:
+def policy_rows(
+    n: Nodes,
+    ids: str,
+    rows: str,
+    row_starts: str,
+    policy: str,
+    total_rows: str,
+    dtype: npt.DTypeLike = np.int64,
+) -> tuple[str, str | None]:
     """Rows of the group's matrix for ids, under the index policy; and, for policy zero, where the id is out of range.
 
     Args:
         n: where the nodes go.
-        ids: int64, any shape.
+        ids: any shape.
         rows: number of rows of each id's table; broadcasts with `ids`.
         row_starts: first row of each id's table; broadcasts with `ids`.
         policy: the index policy.
         total_rows: R. Policy error reads row R for a bad id, which Gather refuses.
+        dtype: of ids and all row numbers.
     """
-    zero = n.constant(0)
+    zero = n.constant(0, dtype)
     if policy == "clamp":
-        last = n.op("Sub", rows, n.constant(1))
+        last = n.op("Sub", rows, n.constant(1, dtype))
         return n.op("Add", n.op("Max", n.op("Min", ids, last), zero), row_starts), None
     if policy == "modulo":
         return n.op("Add", n.op("Mod", ids, rows), row_starts), None
@@ -202,11 +215,31 @@ def _pool_csr(n: Nodes, a: BagAttributes) -> None:
     n.op("Transpose", pooled, perm=[1, 0, 2], output="pooled")
 
 
-def _pool_fixed(n: Nodes, a: BagAttributes, factors: Sequence[int]) -> None:
-    """Gather [slots, B, L, D] and reduce over L, one gather for all slots of one pooling factor L."""
-    ids = _int64(n, "indices")
+def pool_fixed(
+    n: Nodes,
+    a: BagAttributes,
+    factors: Sequence[int],
+    *,
+    ids: str,
+    table: str,
+    weights: str,
+    output: str,
+    dtype: npt.DTypeLike = np.int64,
+) -> None:
+    """Gather [slots, B, L, D] and reduce over L, one gather for all slots of one pooling factor L.
+
+    Args:
+        n: where the nodes go.
+        a: attributes of the operator.
+        factors: its pooling factors, L of each feature.
+        ids: name of the ids [N], of `dtype`.
+        table: name of the group's matrix [R, D].
+        weights: name of the per-sample weights [N], read where the operator is weighted.
+        output: name of the result [B, T, D].
+        dtype: int32 or int64.
+    """
     batch = n.op("Div", n.op("Shape", ids), n.constant([sum(factors)]))
-    total = n.op("Gather", n.op("Shape", "weights"), n.constant(0))
+    total = n.op("Gather", n.op("Shape", table), n.constant(0))
     starts = [sum(factors[:feature]) for feature in a.features]  # in units of B
     by_factor: dict[int, list[int]] = {}
     for t, feature in enumerate(a.features):
@@ -217,19 +250,21 @@ def _pool_fixed(n: Nodes, a: BagAttributes, factors: Sequence[int]) -> None:
         shape = n.op("Concat", n.constant([len(slots)]), batch, n.constant([factor]), axis=0)
         select = [_feature_ids(n, ids, batch, a, factors, slots, starts, factor), ""]
         if a.weighted:
-            select[1] = _feature_ids(n, "per_sample_weights", batch, a, factors, slots, starts, factor)
+            select[1] = _feature_ids(n, weights, batch, a, factors, slots, starts, factor)
         ids_TBL = n.op("Reshape", select[0], shape, allowzero=1)
-        rows = n.constant(np.array([a.rows[t] for t in slots])[:, None, None])
-        row_starts = n.constant(np.array([a.row_starts[t] for t in slots])[:, None, None])
-        row_TBL, bad_TBL = policy_rows(n, ids_TBL, rows, row_starts, a.index_policy, total)
+        rows = n.constant(np.array([a.rows[t] for t in slots])[:, None, None], dtype)
+        row_starts = n.constant(np.array([a.row_starts[t] for t in slots])[:, None, None], dtype)
+        row_TBL, bad_TBL = policy_rows(n, ids_TBL, rows, row_starts, a.index_policy, total, dtype)
         last = n.constant([3 if factor > 1 else 2])
         if factor == 1:  # one id a bag: no reduction
             row_TBL = n.op("Squeeze", row_TBL, n.constant([2]))
             bad_TBL = n.op("Squeeze", bad_TBL, n.constant([2])) if bad_TBL else None
-        gathered = n.op("Gather", "weights", row_TBL)
+        gathered = n.op("Gather", table, row_TBL)
         if a.weighted:
-            weights = n.op("Reshape", select[1], shape, allowzero=1)
-            gathered = n.op("Mul", n.op("Unsqueeze", weights, n.constant([3])) if factor > 1 else weights, gathered)
+            weights_TBL = n.op("Reshape", select[1], shape, allowzero=1)
+            if factor > 1:
+                weights_TBL = n.op("Unsqueeze", weights_TBL, last)
+            gathered = n.op("Mul", weights_TBL, gathered)
         if bad_TBL:
             gathered = n.op("Where", n.op("Unsqueeze", bad_TBL, last), n.constant(0.0, np.float32), gathered)
         if factor > 1:
@@ -242,7 +277,7 @@ def _pool_fixed(n: Nodes, a: BagAttributes, factors: Sequence[int]) -> None:
     pooled_TBD = n.op("Concat", *pooled, axis=0) if len(pooled) > 1 else pooled[0]
     if order != sorted(order):
         pooled_TBD = n.op("Gather", pooled_TBD, n.constant(np.argsort(order)))
-    n.op("Transpose", pooled_TBD, perm=[1, 0, 2], output="pooled")
+    n.op("Transpose", pooled_TBD, perm=[1, 0, 2], output=output)
 
 
 def _feature_ids(

@@ -20,7 +20,7 @@ from dlrm_deploy.bundle import TableGroupRecord, TensorSpec
 from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.export.function_bodies import BagAttributes, dot_interaction_function, embedding_bag_function
 from dlrm_deploy.export.nodes import DOMAIN, DOMAIN_VERSION, OPSET, Nodes
-from dlrm_deploy.model.keys import bottom_mlp_keys, cross_keys, top_mlp_keys
+from dlrm_deploy.model.keys import bottom_keys, cross_keys, top_keys
 
 IR_VERSION = 10
 _ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
@@ -68,7 +68,7 @@ def write_model(
             )
         )  # fmt: skip
         functions.append(embedding_bag_function(attributes, overload))
-    bottom = mlp(n, "dense", bottom_mlp_keys(config))
+    bottom = mlp(n, "dense", bottom_keys(config))
     if config.interaction == "dot":
         x = n.op(
             "DotInteraction", bottom, pooled[0],
@@ -77,7 +77,7 @@ def write_model(
         functions.append(dot_interaction_function(len(config.features), config.self_interaction))
     else:
         x = concat_or_cross(n, config, bottom, pooled)
-    logits = mlp(n, x, top_mlp_keys(config), last_relu=False)
+    logits = mlp(n, x, top_keys(config), last_relu=False)
     n.op("Squeeze", n.op("Sigmoid", logits), n.constant([1]), output="probabilities")
 
     graph = helper.make_graph(
@@ -122,7 +122,7 @@ def concat_or_cross(n: Nodes, config: ModelConfig, dense: str, pooled: Sequence[
 
 
 def _in_feature_order(n: Nodes, config: ModelConfig, pooled: Sequence[str]) -> list[str]:
-    """Pooled outputs [B, T, D] of the groups as matrices [B, slots * D], cut where another group's slots come between."""
+    """Pooled outputs [B, T, D] of the groups as matrices, cut where another group's slots come between."""
     pieces: list[tuple[int, str]] = []
     for group, output in zip(config.groups, pooled, strict=True):
         cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(group.slots)) if b != a + 1), len(group.slots)]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
-from dlrm_deploy.checkpoint import Checkpoint
 
 from dlrm_deploy.bundle import Golden
 from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.model.keys import dense_shapes, table_key
+
+if TYPE_CHECKING:
+    from dlrm_deploy.checkpoint import Checkpoint  # brings torch, which random weights do without
 
 FloatArray = npt.NDArray[np.float32]
 _CHUNK_VALUES = 1 << 22  # 16 MiB

@@ -1,0 +1,58 @@
+"""Small bundles for tests, made by the real exporter from seeded random weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.config import FeatureConfig, ModelConfig, TableConfig
+from dlrm_deploy.export.bundle import export_bundle
+from dlrm_deploy.export.sources import RandomSource
+from dlrm_deploy.presets import preset
+
+
+def _model(name: str, widths: dict[str, int], **options: object) -> ModelConfig:
+    tables = tuple(
+        TableConfig(name=f"t_{key}", rows=11 + 7 * i, width=width) for i, (key, width) in enumerate(widths.items())
+    )
+    features = tuple(FeatureConfig(name=key, table=f"t_{key}", max_ids=5) for key in widths)
+    values = {"dense_features": ("d0", "d1", "d2"), "bottom_mlp": (16, 8), "top_mlp": (16, 8, 1)}
+    return ModelConfig(name=name, tables=tables, features=features, **{**values, **options})
+
+
+def _mean(config: ModelConfig) -> ModelConfig:
+    features = tuple(replace(f, pooling="mean" if i % 2 else "sum") for i, f in enumerate(config.features))
+    return replace(config, features=features)
+
+
+_WIDTH_8 = {"a": 8, "b": 8, "c": 8}
+_SEVERAL_WIDTHS = {"a": 8, "b": 4, "c": 8, "d": 12, "e": 4}
+
+CONFIGS: dict[str, ModelConfig] = {
+    "dot": _mean(_model("dot", _WIDTH_8)),
+    "self": _model("self", _WIDTH_8, self_interaction=True),
+    "concat": _mean(_model("concat", _SEVERAL_WIDTHS, interaction="concat")),
+    "dcn": _model("dcn", _SEVERAL_WIDTHS, interaction="dcn", cross_layers=2, cross_rank=6),
+    "weighted": _model("weighted", _WIDTH_8, weighted=True),
+    "one_hot": preset("kaggle", 1e-5),
+    "fixed": replace(
+        _model("fixed", _SEVERAL_WIDTHS, interaction="concat"),
+        features=tuple(
+            FeatureConfig(name=key, table=f"t_{key}", pooling_factor=1 + i % 3, pooling="mean" if i % 2 else "sum")
+            for i, key in enumerate(_SEVERAL_WIDTHS)
+        ),
+    ),
+    "shared": replace(
+        _model("shared", {"a": 8, "b": 8}),
+        features=tuple(
+            FeatureConfig(name=name, table=table, max_ids=4)
+            for name, table in (("x", "t_b"), ("y", "t_a"), ("z", "t_b"))
+        ),
+    ),
+}
+"""One model for every form of the operators and every interaction."""
+
+
+def make_bundle(name: str, out: Path, **options: object) -> Bundle:
+    return export_bundle(RandomSource(CONFIGS[name], seed=3), out, **options)

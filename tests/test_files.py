@@ -1,0 +1,135 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlrm_deploy.errors import OutputError
+from dlrm_deploy.files import atomic_file, atomic_folder, sha256_file
+
+
+def test_a_folder_appears_only_when_its_block_ends(tmp_path):
+    out = tmp_path / "deep" / "bundle"
+    with atomic_folder(out) as folder:
+        (folder / "manifest.json").write_text("new")
+        assert not out.exists()
+    assert (out / "manifest.json").read_text() == "new"
+    assert [path.name for path in out.parent.iterdir()] == ["bundle"]
+
+
+def test_a_block_that_fails_leaves_nothing(tmp_path):
+    def fail():
+        with atomic_folder(tmp_path / "bundle") as folder:
+            (folder / "half").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_kept_unless_told_otherwise(tmp_path):
+    out = tmp_path / "bundle"
+    out.mkdir()
+    with pytest.raises(OutputError, match="exists already"), atomic_folder(out):
+        pass
+    with (
+        pytest.raises(OutputError, match=r"holds no manifest.json, so it is not replaced"),
+        atomic_folder(out, overwrite=True),
+    ):
+        pass
+    (out / "manifest.json").write_text("old")
+    with atomic_folder(out, overwrite=True) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert (out / "manifest.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_overwrite_that_fails_keeps_the_old_folder(tmp_path):
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+
+    def fail():
+        with atomic_folder(out, overwrite=True):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (out / "manifest.json").read_text() == "old"
+
+
+def dead_pid():
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_live_one_kept(tmp_path):
+    dead, alive = tmp_path / f".bundle.partial-{dead_pid()}", tmp_path / f".bundle.partial-{os.getppid()}"
+    for folder in (dead, alive):
+        folder.mkdir()
+    with atomic_folder(tmp_path / "bundle") as folder:
+        (folder / "file").write_text("x")
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_a_folder_moved_aside_by_a_process_killed_between_two_renames_comes_back(tmp_path):
+    old = tmp_path / f".bundle.old-{dead_pid()}"
+    old.mkdir()
+    (old / "manifest.json").write_text("old")
+
+    def fail():
+        with atomic_folder(tmp_path / "bundle"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (tmp_path / "bundle" / "manifest.json").read_text() == "old"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "file"
+    out.write_text("old")
+
+    def fail():
+        with atomic_file(out) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert out.read_text() == "old"
+    with atomic_file(out) as temporary:
+        temporary.write_text("new")
+    assert out.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(OutputError, match=r"cannot write .*file/bundle: "),
+        atomic_folder(tmp_path / "file" / "bundle"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the disk that is always full")
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
+    def fill():
+        with atomic_folder(tmp_path / "bundle") as folder:
+            (folder / "table").symlink_to("/dev/full")
+            with (folder / "table").open("wb") as file:
+                file.write(b"x" * 100_000)
+
+    with pytest.raises(OutputError, match="No space left on device"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
