@@ -33,22 +33,22 @@ class StockOnnxRuntimeEngine(Engine):
     def __init__(self, bundle: Bundle, threads: int, spin: bool = True) -> None:
         super().__init__(bundle, threads)
         self._spin = spin
-        self._session = self._open(self._options())
+        self._session = self._open()
         self._index_dtype = bundle.manifest.index_dtype
         self._takes_offsets = any(spec.name == "offsets" for spec in bundle.manifest.inputs)
 
-    def _options(self) -> ort.SessionOptions:
+    def _open(self, profile: str | None = None) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _FATAL
         if not self._spin:
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        if self.uses_library:
-            options.register_custom_ops_library(str(library_path()))
-        return options
-
-    def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = profile
         try:
+            if self.uses_library:
+                options.register_custom_ops_library(str(library_path()))
             return ort.InferenceSession(self.bundle.model_path, options, providers=["CPUExecutionProvider"])
         except Exception as err:  # ONNX Runtime's exceptions have no common base but Exception
             raise EngineError(f"ONNX Runtime {ort.__version__} cannot open {self.bundle.model_path}: {err}") from err
@@ -63,8 +63,9 @@ class StockOnnxRuntimeEngine(Engine):
         return feed
 
     def _run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        feed = self._feed(batch)
         try:
-            (probabilities,) = self._session.run(None, self._feed(batch))
+            (probabilities,) = self._session.run(None, feed)
         except Exception as err:  # as above
             bad_ids = batch.explain_bad_ids(self.bundle.config) if self.bundle.config.index_policy == "error" else None
             if bad_ids:
@@ -76,10 +77,7 @@ class StockOnnxRuntimeEngine(Engine):
     def implementations(self) -> dict[str, str]:
         """Found by profiling one golden sample: an operator that runs as itself ran our kernel."""
         with tempfile.TemporaryDirectory() as folder:
-            options = self._options()
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "profile")
-            session = self._open(options)
+            session = self._open(profile=str(Path(folder) / "profile"))
             session.run(None, self._feed(self.bundle.golden().batch.rows(0, 1)))
             events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
         ran = {
