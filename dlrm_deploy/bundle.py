@@ -227,6 +227,20 @@ class Bundle:
             BundleError: no bundle, a newer version, or a file that is missing, truncated or altered; the message
                 names it.
         """
+        bundle = cls.unverified(path)
+        plans = {name for record in bundle.manifest.plans for name in (record.plan, record.sidecar)}
+        for name in bundle.manifest.files:
+            if name not in plans:
+                bundle.verify_file(name, verify)
+        return bundle
+
+    @classmethod
+    def unverified(cls, path: Path | str) -> Bundle:
+        """Read the manifest only, to look at a bundle whose other files may be damaged.
+
+        Raises:
+            BundleError: no bundle, or a newer version.
+        """
         path = Path(path)
         manifest_path = path / MANIFEST
         try:
@@ -237,12 +251,7 @@ class Bundle:
             ) from err
         except (OSError, UnicodeDecodeError) as err:
             raise BundleError(f"cannot read {manifest_path}: {err}.") from err
-        bundle = cls(path, Manifest.from_json(text, str(manifest_path)))
-        plans = {name for record in bundle.manifest.plans for name in (record.plan, record.sidecar)}
-        for name in bundle.manifest.files:
-            if name not in plans:
-                bundle.verify_file(name, verify)
-        return bundle
+        return cls(path, Manifest.from_json(text, str(manifest_path)))
 
     @property
     def config(self) -> ModelConfig:

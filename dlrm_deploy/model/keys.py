@@ -20,14 +20,9 @@ def bottom_keys(config: ModelConfig) -> tuple[tuple[str, str], ...]:
 
 def cross_keys(config: ModelConfig) -> tuple[tuple[str, str, str], ...]:
     """Keys of W, V and bias of each cross layer (interaction dcn)."""
-    kinds = ("W_kernels", "V_kernels", "bias")
+    prefix = "inter_arch.crossnet"
     return tuple(
-        (
-            f"inter_arch.crossnet.{kinds[0]}.{i}",
-            f"inter_arch.crossnet.{kinds[1]}.{i}",
-            f"inter_arch.crossnet.{kinds[2]}.{i}",
-        )
-        for i in range(config.cross_layers)
+        (f"{prefix}.W_kernels.{i}", f"{prefix}.V_kernels.{i}", f"{prefix}.bias.{i}") for i in range(config.cross_layers)
     )
 
 

@@ -1,0 +1,72 @@
+"""What a benchmark row says about where it was measured: processor, source commit, and what else ran there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import dlrm_deploy
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Model and number of cores that this process may use."""
+    cores = available_cores()
+    model = platform.processor() or platform.machine()
+    try:
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+                break
+    except OSError:
+        pass  # no Linux, or no /proc: the name that Python knows has to do
+    return f"{model}, {cores} core{'s' if cores > 1 else ''}"
+
+
+def source_commit(source: Path = Path(dlrm_deploy.__file__)) -> str | None:
+    """Commit of the git checkout that tracks `source`, with `-dirty` if it differs; None for an installed package."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(source.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", source.name)  # a package installed inside a foreign checkout is not tracked
+        return git("describe", "--always", "--dirty", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class LoadMeter:
+    """Measures how much of the machine other processes use, from its making on. Linux only."""
+
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        self._stat = stat
+        self._began = self._now()
+
+    def others(self) -> float | None:
+        """Share of all cores, 0 to 1, that other processes and other virtual machines used; None where it is unknown."""
+        began, now = self._began, self._now()
+        if began is None or now is None or now[0] <= began[0]:
+            return None
+        total, busy, own = (after - before for before, after in zip(began, now, strict=True))
+        return min(max((busy - own) / total, 0.0), 1.0)
+
+    def _now(self) -> tuple[float, float, float] | None:
+        """Seconds of all cores, seconds in which they worked or were taken away, and seconds that this process used."""
+        try:
+            first = self._stat.read_text().splitlines()[0].split()
+        except (OSError, IndexError):
+            return None
+        ticks = [int(word) for word in first[1:9]]  # user nice system idle iowait irq softirq steal
+        per_second = os.sysconf("SC_CLK_TCK")
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, time.process_time()

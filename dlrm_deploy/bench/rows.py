@@ -1,0 +1,150 @@
+"""The results of a benchmark: frozen rows of facts that can be rerun from themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from dlrm_deploy.bench.calibration import Calibration
+from dlrm_deploy.bench.measure import Nanoseconds
+
+_NS_PER_MS = 1e6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """How fast one engine was at one batch size."""
+
+    median_ms: float
+    """Median over rounds of the mean time per call: throughput and ratios come from it."""
+
+    p50_ms: float
+    """Median over all calls."""
+
+    p99_ms: float
+    """The call that 99 % of all calls were as fast as; the slowest one where there are fewer than a hundred calls."""
+
+    samples_per_s: float
+    calls: int
+    ratio: float
+    """Times as fast as the baseline: median over rounds of (baseline's mean time per call / this engine's)."""
+
+    ratio_min: float
+    """The same for the round least favourable to this engine."""
+
+    ratio_max: float
+
+
+def summarise(rounds: Sequence[Nanoseconds], baseline: Sequence[Nanoseconds], batch_size: int) -> Timing:
+    """Condense the calls of one engine; the baseline's rounds are the same rounds."""
+    means_ms = np.array([calls.mean() for calls in rounds]) / _NS_PER_MS
+    baseline_ms = np.array([calls.mean() for calls in baseline]) / _NS_PER_MS
+    all_ms = np.concatenate(rounds) / _NS_PER_MS
+    ratios = baseline_ms / means_ms
+    median_ms = float(np.median(means_ms))
+    return Timing(
+        median_ms=median_ms,
+        p50_ms=float(np.median(all_ms)),
+        p99_ms=float(np.quantile(all_ms, 0.99, method="higher")),
+        samples_per_s=batch_size / median_ms * 1000,
+        calls=all_ms.size,
+        ratio=float(np.median(ratios)),
+        ratio_min=float(ratios.min()),
+        ratio_max=float(ratios.max()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchRow:
+    """One engine at one batch size."""
+
+    model: str
+    engine: str
+    engine_version: str
+    implementations: dict[str, str]
+    """Which implementation each of our operators used."""
+
+    batch: int
+    timing: Timing
+    baseline: str
+    max_abs_difference: float
+    """Largest difference of a probability from the reference engine's, on one batch, before timing."""
+
+    distinct_batches: int
+    other_load: float | None
+    """Share of the machine's cores, 0 to 1, that other processes used meanwhile; None where it is unknown."""
+
+    calibration: Calibration | None
+    """Medians over the rounds; None where the native library is not there."""
+
+    def facts(self) -> dict[str, object]:
+        """Plain values, those of `timing` on the same level as the rest."""
+        plain = asdict(self)
+        timing = plain.pop("timing")
+        calibration = plain.pop("calibration")
+        return {**plain, **timing, "calibration": calibration}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotRun:
+    """An engine that could not run here, at one batch size or (None) at all."""
+
+    engine: str
+    batch: int | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Circumstances:
+    """What all rows of a run share. `command` repeats the run."""
+
+    command: str
+    time: str
+    """UTC, ISO 8601."""
+
+    dlrm_deploy_version: str
+    commit: str | None
+    """Of dlrm-deploy's own checkout, if it runs from one."""
+
+    cpu: str
+    threads: int
+    seed: int
+    distribution: str
+    rounds: int
+    slice_ms: float
+    table_bytes: int
+    reference: str
+    """The engine that outputs were compared with."""
+
+    omp_wait_policy: str | None
+    """`OMP_WAIT_POLICY` of the environment: "active" lets torch's idle threads spin on into the slices of others."""
+
+    calibration_missing: str | None
+    """Why there is no calibration, or None."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchReport:
+    """A whole run: rows by batch size, in the order of the engines."""
+
+    circumstances: Circumstances
+    rows: tuple[BenchRow, ...]
+    not_run: tuple[NotRun, ...]
+
+    def to_json_lines(self) -> str:
+        """One JSON object per line, each complete in itself; engines that did not run have `not_run` and no timing."""
+        shared = asdict(self.circumstances)
+        lines = [{**row.facts(), **shared} for row in self.rows]
+        lines += [{"engine": n.engine, "batch": n.batch, "not_run": n.reason, **shared} for n in self.not_run]
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def readable_bytes(count: int) -> str:
+    """2160000000 as 2.16 GB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"

@@ -1,0 +1,143 @@
+"""`dlrm-deploy bench`: measure engines side by side, and print, plot or hand on the rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dlrm_deploy.errors import ConfigError, MissingDependencyError
+from dlrm_deploy.presets import PRESET_NAMES, preset
+
+if TYPE_CHECKING:
+    from dlrm_deploy.bundle import Bundle
+
+
+def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(word.strip() for word in value.split(","))
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in value.split(","))
+    except ValueError as err:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 1,128,2048.") from err
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path), required=False)
+@click.option(
+    "--preset",
+    "preset_name",
+    type=click.Choice(PRESET_NAMES),
+    help="Measure a published model with random weights instead.",
+)
+@click.option("--scale-rows", type=float, default=1.0, help="Multiply the rows of the preset's tables.")
+@click.option(
+    "--engine",
+    "engines",
+    callback=_words,
+    metavar="NAME,...",
+    help="Engines to measure; all CPU engines installed if left out.",
+)
+@click.option("--batch", "batch_sizes", callback=_numbers, metavar="N,...", default="1,128,2048", help="Batch sizes.")
+@click.option("--threads", type=int, help="CPU threads of each engine; one per core if left out.")
+@click.option("--distribution", default="uniform", help="Of the ids: uniform, gaussian or zipf.")
+@click.option("--rounds", type=int, default=7, help="Slices of each engine at each batch size.")
+@click.option("--slice-ms", type=float, default=60.0, help="Least length of a slice.")
+@click.option("--seed", type=int, default=0, help="Of the inputs, and of a preset's weights.")
+@click.option("--baseline", help="Engine that ratios are taken to; the first that runs if left out.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per engine and batch size.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture (PNG).")
+def bench(
+    bundle: Path | None,
+    preset_name: str | None,
+    scale_rows: float,
+    as_json: bool,
+    plot_path: Path | None,
+    **options: Any,
+) -> None:
+    """Measure engines side by side on BUNDLE, or on a --preset with random weights.
+
+    All engines run in one process in turns, so that they meet the same machine, and what the machine can do at that
+    moment is measured along with them. Exits 0 when measured, 2 on wrong usage, 3 when nothing could be measured.
+    """
+    from dlrm_deploy.bench.plot import check_can_plot, plot
+    from dlrm_deploy.bench.run import BenchSettings, run_bench, steps
+    from dlrm_deploy.bench.table import print_report
+
+    if (bundle is None) == (preset_name is None):
+        raise click.UsageError("Give either a BUNDLE or --preset NAME.")
+    if preset_name is None and scale_rows != 1.0:
+        raise click.UsageError("--scale-rows goes with --preset: the tables of a bundle are as they are.")
+    if plot_path is not None:
+        if plot_path.suffix != ".png":
+            raise click.UsageError(f"--plot writes PNG pictures: {plot_path} should end in .png.")
+        check_can_plot()
+    try:
+        settings = BenchSettings(**{key: value for key, value in options.items() if value is not None})
+        if preset_name is not None:
+            preset(preset_name, scale_rows)  # a scale that makes no model is wrong usage too
+    except ConfigError as err:
+        raise click.UsageError(str(err)) from err
+    with (
+        _opened(bundle, preset_name, scale_rows, settings.seed) as (opened, target),
+        _progress(steps(settings)) as progress,
+    ):
+        report = run_bench(opened, settings, target=target, progress=progress)
+    if plot_path is not None:
+        plot(report, plot_path)
+    if as_json:
+        click.echo(report.to_json_lines(), nl=False)
+        return
+    print_report(report)
+    if plot_path is not None:
+        click.echo(f"Picture: {plot_path}")
+
+
+@contextmanager
+def _opened(
+    bundle: Path | None, preset_name: str | None, scale_rows: float, seed: int
+) -> Iterator[tuple[Bundle, list[str]]]:
+    """The bundle to measure and what the command line calls it; a preset's vanishes at the end."""
+    from dlrm_deploy.bench.rows import readable_bytes
+    from dlrm_deploy.bundle import Bundle
+
+    if bundle is not None:
+        yield Bundle.open(bundle), [str(bundle)]
+        return
+    try:
+        from dlrm_deploy.export.bundle import export_bundle
+        from dlrm_deploy.export.sources import RandomSource
+    except ImportError as err:
+        raise MissingDependencyError(
+            f"--preset makes a bundle first, and {err.name} is not installed. Install it with "
+            "`pip install 'dlrm-deploy[bench]'`, or measure a BUNDLE."
+        ) from err
+    assert preset_name is not None
+    config = preset(preset_name, scale_rows)
+    with tempfile.TemporaryDirectory(prefix="dlrm-deploy-bench-") as folder:
+        click.echo(f"writing {readable_bytes(config.table_bytes)} of random tables to {folder}", err=True)
+        made = export_bundle(RandomSource(config, seed), Path(folder) / "bundle")
+        yield made, ["--preset", preset_name, "--scale-rows", f"{scale_rows:g}"]
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on standard error, which leaves standard output to the results; none where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def step(text: str) -> None:
+            bar.update(task, description=text, advance=1)
+
+        yield step

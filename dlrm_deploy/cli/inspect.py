@@ -1,0 +1,167 @@
+"""`dlrm-deploy inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.engines.registry import ENGINE_NAMES, open_engine
+from dlrm_deploy.errors import DlrmDeployError
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def inspect(ctx: click.Context, bundle: Path, as_json: bool) -> None:
+    """Show what is in BUNDLE, which engines open it here and with which kernels, and verify every file's hash.
+
+    Exits 0 when all files are as they were written, 1 when a file is missing or altered, 2 on wrong usage and 3 when
+    the folder is no bundle.
+    """
+    opened = Bundle.unverified(bundle)
+    facts = _facts(opened)
+    if as_json:
+        click.echo(json.dumps(facts, allow_nan=False))
+    else:
+        _print(facts)
+    ctx.exit(1 if facts["altered"] else 0)
+
+
+def _facts(bundle: Bundle) -> dict[str, Any]:
+    """All that is printed, as plain values."""
+    manifest, config = bundle.manifest, bundle.config
+    altered = bundle.altered_files()
+    dtypes = {
+        table.name: np.dtype(record.dtype)
+        for record, group in zip(manifest.table_groups, config.groups, strict=True)
+        for table in group.tables
+    }
+    bytes_by_folder: dict[str, int] = {}
+    for name, file in manifest.files.items():
+        part = name.split("/")[0]
+        bytes_by_folder[part] = bytes_by_folder.get(part, 0) + file.size
+    return {
+        "bundle": str(bundle.path),
+        "model": config.to_dict(),
+        "format_version": manifest.format_version,
+        "inputs": {spec.name: [spec.dtype, *spec.shape] for spec in manifest.inputs},
+        "outputs": {spec.name: [spec.dtype, *spec.shape] for spec in manifest.outputs},
+        "tables": [
+            {
+                "name": table.name,
+                "rows": table.rows,
+                "width": table.width,
+                "dtype": dtypes[table.name].name,
+                "bytes": table.rows * table.width * dtypes[table.name].itemsize,
+                "features": [feature.name for feature in config.features if feature.table == table.name],
+            }
+            for table in config.tables
+        ],
+        "precision": manifest.precision,
+        "operators": manifest.operators,
+        "opset": manifest.opset,
+        "bytes": bytes_by_folder,
+        "files": len(manifest.files),
+        "provenance": manifest.provenance,
+        "plans": [_plan(bundle, record.engine, record.plan, record.sidecar) for record in manifest.plans],
+        # A damaged bundle is not handed to libraries that trust their input.
+        "engines": {} if altered else {name: _engine(bundle, name) for name in ENGINE_NAMES},
+        "parity": manifest.parity,
+        "altered": altered,
+    }
+
+
+def _engine(bundle: Bundle, name: str) -> dict[str, Any]:
+    """Version and implementations of an engine that opens here; else why it does not."""
+    try:
+        with open_engine(bundle, name, threads=1, spin=False) as engine:
+            return {"version": engine.version, "implementations": engine.implementations()}
+    except DlrmDeployError as err:
+        return {"unavailable": str(err)}
+
+
+def _plan(bundle: Bundle, engine: str, plan: str, sidecar: str) -> dict[str, Any]:
+    """A plan, its size and what its sidecar says; the sidecar's own text where it is damaged is of no use."""
+    try:
+        described = json.loads((bundle.path / sidecar).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        described = None  # `altered` says so
+    return {"engine": engine, "plan": plan, "bytes": bundle.manifest.files[plan].size, "sidecar": described}
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    model = facts["model"]
+
+    def line(label: str, value: object) -> None:
+        console.print(f"{label:<12} {value}", markup=False)
+
+    line("model", model["name"])
+    line("dense", f"{len(model['dense_features'])} features: {', '.join(model['dense_features'])}")
+    interaction = model.get("interaction", "dot")
+    line("layers", f"bottom {_widths(model['bottom_mlp'])}, interaction {interaction}, top {_widths(model['top_mlp'])}")
+    line("ids", f"{facts['inputs']['indices'][0]}, out of range: {model.get('index_policy', 'error')}")
+    line("precision", ", ".join(f"{part} {dtype}" for part, dtype in facts["precision"].items()))
+    line("bytes", ", ".join(f"{part} {_bytes(size)}" for part, size in facts["bytes"].items()))
+    exporter = ", ".join(f"{key} {value}" for key, value in facts["provenance"].items() if isinstance(value, str))
+    line("made from", exporter)
+
+    tables = {table["name"]: table for table in facts["tables"]}
+    shown = Table("feature", "bag", "pooling", "table", "rows", "width", "bytes")
+    for feature in model["features"]:
+        table = tables[feature["table"]]
+        factor = feature.get("pooling_factor")
+        bag = f"{factor}" if factor else f"0 to {feature['max_ids']}" if "max_ids" in feature else "any"
+        shown.add_row(
+            feature["name"],
+            bag,
+            feature.get("pooling", "sum"),
+            table["name"],
+            f"{table['rows']:,}",
+            str(table["width"]),
+            _bytes(table["bytes"]),
+        )
+    console.print(shown)
+
+    for plan in facts["plans"]:
+        line("plan", f"{plan['plan']}, {plan['engine']}, {_bytes(plan['bytes'])}")
+    for name, engine in facts["engines"].items():
+        if "unavailable" in engine:
+            line(name, f"not here: {engine['unavailable']}")
+            continue
+        line(name, engine["version"])
+        for operator, implementation in engine["implementations"].items():
+            line("", f"{operator}: {implementation}")
+    for name, record in facts["parity"].items():
+        verdict = "passed" if record.get("passed") else "FAILED"
+        line(
+            "parity",
+            f"{name} {verdict}, max abs {record.get('max_abs')}, {record.get('rows')} rows, {record.get('time')}",
+        )
+    if not facts["parity"]:
+        line("parity", f"not checked yet: dlrm-deploy check {facts['bundle']}")
+    for problem in facts["altered"]:
+        line("ALTERED", problem)
+    if not facts["altered"]:
+        line("hashes", f"all {facts['files']} files are as they were written")
+
+
+def _widths(mlp: list[int]) -> str:
+    return "-".join(map(str, mlp))
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

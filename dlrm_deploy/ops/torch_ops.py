@@ -1,0 +1,418 @@
+"""The two operators for PyTorch: plain functions, and `torch.library` custom ops with gradients over them.
+
+`pool_bags` and `interact` are the implementation. The custom ops `dlrm_deploy::table_batched_embedding_bag` and
+`dlrm_deploy::dot_interaction` wrap them, so that `torch.export` keeps each as one node and training gets a sparse
+gradient for the whole table group. Where neither is needed, calling the functions saves the dispatch. The gradients run
+in eager mode; `torch.compile` is served forwards only.
+
+All bags of a group go through one `embedding_bag` call over the group's matrix: 26 calls cost 8 to 12 times as much.
+The contract is docs/operators.md; suffixes: B samples, F features, T slots, N ids, D width, V = T + 1 vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dlrm_deploy.config import INDEX_POLICIES
+from dlrm_deploy.errors import BatchError
+
+
+class _Bags(NamedTuple):
+    """What to read from the group's matrix, slot-major."""
+
+    rows: Tensor
+    """[N] rows of the group's matrix, int64."""
+
+    offsets: Tensor
+    """[T * B + 1] int64."""
+
+    positions: Tensor | None
+    """[N] where each row's id stands in `indices`; None where that is 0, 1, 2, ..."""
+
+    divisors: Tensor | None
+    """[T * B, 1] ids in each averaged bag, at least 1, and 1 for each summed bag; None where all are summed."""
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may be saved for a later backward pass
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _resolve_bags(
+    indices: Tensor,
+    offsets: Tensor | None,
+    num_features: int,
+    features: Sequence[int],
+    row_starts: Sequence[int],
+    rows: Sequence[int],
+    mean: Sequence[int],
+    pooling_factors: Sequence[int] | None,
+    index_policy: str,
+) -> _Bags:
+    """Follow the index policy and turn ids of tables into rows of the group's matrix."""
+    device = indices.device
+    ids_N = indices.long()  # rows are addressed in 64 bits
+    if offsets is None:
+        offsets = _fixed_offsets(ids_N, num_features, pooling_factors)
+    offsets = offsets.long()
+    B = (offsets.numel() - 1) // num_features
+    T = len(features)
+
+    bounds = offsets[::B].tolist() if B else [0] * (num_features + 1)
+    positions_N = None
+    if list(features) != list(range(num_features)):
+        spans = [torch.arange(bounds[f], bounds[f + 1], device=device) for f in features]
+        positions_N = torch.cat(spans) if spans else ids_N.new_empty(0)
+        ids_N = ids_N[positions_N]
+        lengths_TB = offsets.diff().view(num_features, B)[_constant(tuple(features), device)]
+        offsets = F.pad(lengths_TB.reshape(-1).cumsum(0), (1, 0))
+
+    counts = [bounds[f + 1] - bounds[f] for f in features]
+    rows_T, starts_T = _constant(tuple(rows), device), _constant(tuple(row_starts), device)
+    if len(set(counts)) == 1:  # broadcasting is cheaper than repeating
+        ids_N = ids_N.view(T, counts[0])
+        rows_N, starts_N = rows_T[:, None], starts_T[:, None]
+    else:
+        counts_T = torch.tensor(counts, dtype=torch.int64, device=device)
+        rows_N = rows_T.repeat_interleave(counts_T, output_size=ids_N.numel())
+        starts_N = starts_T.repeat_interleave(counts_T, output_size=ids_N.numel())
+
+    divisor_TB1 = None
+    if any(mean):
+        averaged_T = _constant(tuple(mean), device)
+        lengths_TB = offsets.diff().view(T, B)
+        divisor_TB1 = torch.where(averaged_T[:, None] > 0, lengths_TB, 1).clamp(min=1).view(-1, 1)
+
+    if index_policy == "clamp":
+        ids_N = torch.minimum(ids_N.clamp(min=0), rows_N - 1)
+    elif index_policy == "modulo":
+        ids_N = torch.remainder(ids_N, rows_N)
+    else:
+        outside_N = ((ids_N < 0) | (ids_N >= rows_N)).view(-1)
+        if index_policy == "error":
+            if outside_N.any():
+                _raise_bad_id(ids_N, rows_N, outside_N, positions_N, offsets, features, B)
+        else:
+            kept = (~outside_N).nonzero().view(-1)
+            positions_N = kept if positions_N is None else positions_N[kept]
+            offsets = F.pad((~outside_N).cumsum(0), (1, 0))[offsets]
+            return _Bags((ids_N + starts_N).view(-1)[kept], offsets, positions_N, divisor_TB1)
+    return _Bags((ids_N + starts_N).view(-1), offsets, positions_N, divisor_TB1)
+
+
+def _fixed_offsets(indices: Tensor, num_features: int, pooling_factors: Sequence[int] | None) -> Tensor:
+    assert pooling_factors is not None  # checked by the caller: one of the two forms
+    B = indices.numel() // sum(pooling_factors)
+    if len(set(pooling_factors)) == 1:
+        step = pooling_factors[0]
+        return torch.arange(0, num_features * B * step + 1, step, device=indices.device)
+    lengths_FB = _constant(tuple(pooling_factors), indices.device).repeat_interleave(B)
+    return F.pad(lengths_FB.cumsum(0), (1, 0))
+
+
+def _raise_bad_id(
+    ids_N: Tensor,
+    rows_N: Tensor,
+    outside_N: Tensor,
+    positions_N: Tensor | None,
+    offsets_TB: Tensor,
+    features: Sequence[int],
+    B: int,
+) -> None:
+    bad = outside_N.nonzero().view(-1)
+    if positions_N is not None:  # the lowest position in `indices`, whichever slot reads it
+        bad = bad[positions_N[bad].argmin()].view(1)
+    i = bad[0]
+    bag = int(torch.searchsorted(offsets_TB, i, right=True)) - 1
+    slot, sample = divmod(bag, B)
+    limit = rows_N.expand_as(ids_N).reshape(-1)[i]
+    raise BatchError(
+        f"feature {features[slot]}, sample {sample}, position {int(i - offsets_TB[bag])} of its bag: "
+        f"id {int(ids_N.reshape(-1)[i])} is outside [0, {int(limit)}). Hash ids to the table size before scoring, "
+        "or choose the index policy clamp, modulo or zero."
+    )
+
+
+def pool_bags(
+    weights: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    num_features: int,
+    features: Sequence[int],
+    row_starts: Sequence[int],
+    rows: Sequence[int],
+    mean: Sequence[int],
+    pooling_factors: Sequence[int] | None,
+    index_policy: str,
+) -> Tensor:
+    """Pool all bags of one table group, without a gradient; inputs as in docs/operators.md.
+
+    Bags are taken to be well-formed, as those of a `Batch` are; ids are checked.
+
+    Returns:
+        [B, T, D], a view of a new slot-major tensor.
+
+    Raises:
+        BatchError: an id is outside its table under policy `error`.
+    """
+    bags = _resolve_bags(
+        indices, offsets, num_features, features, row_starts, rows, mean, pooling_factors, index_policy
+    )
+    return _pool(weights, bags, per_sample_weights).view(len(features), -1, weights.shape[1]).transpose(0, 1)
+
+
+def _pool(weights: Tensor, bags: _Bags, per_sample_weights: Tensor | None) -> Tensor:
+    if per_sample_weights is not None and bags.positions is not None:
+        per_sample_weights = per_sample_weights[bags.positions]
+    if bags.offsets.numel() == 1:  # a batch of zero samples, which embedding_bag refuses
+        return weights.new_zeros(0, weights.shape[1])
+    pooled = F.embedding_bag(
+        bags.rows,
+        weights.detach(),
+        bags.offsets,
+        mode="sum",
+        include_last_offset=True,
+        per_sample_weights=per_sample_weights,
+    )
+    return pooled if bags.divisors is None else pooled / bags.divisors
+
+
+def interact(dense: Tensor, embeddings: Tensor, self_interaction: bool) -> Tensor:
+    """Append the products of all pairs of vectors to the dense one: [B, D] and [B, T, D] to [B, D + P]."""
+    x_BVD = torch.cat([dense.unsqueeze(1), embeddings], dim=1)
+    V = x_BVD.shape[1]
+    dots_BVV = torch.bmm(x_BVD, x_BVD.transpose(1, 2))
+    pairs_BP = dots_BVV.flatten(1).index_select(1, _triangle(int(V), self_interaction, dense.device))
+    return torch.cat([dense, pairs_BP], dim=1)
+
+
+@lru_cache(maxsize=64)
+def _triangle(V: int, self_interaction: bool, device: torch.device) -> Tensor:
+    """[P] positions in the flattened [V, V] products, in the order of the contract: row by row."""
+    with torch.inference_mode(False):
+        i, j = torch.tril_indices(V, V, 0 if self_interaction else -1, device=device)
+        flat: Tensor = i * V + j
+        return flat
+
+
+# The custom ops
+
+_SCHEMA = (
+    "(Tensor weights, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int num_features, int[] features, "
+    "int[] row_starts, int[] rows, int[] mean, int[]? pooling_factors, str index_policy) -> Tensor"
+)
+
+
+@torch.library.custom_op("dlrm_deploy::table_batched_embedding_bag", mutates_args=(), schema=_SCHEMA)
+def table_batched_embedding_bag(
+    weights: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    num_features: int,
+    features: Sequence[int],
+    row_starts: Sequence[int],
+    rows: Sequence[int],
+    mean: Sequence[int],
+    pooling_factors: Sequence[int] | None,
+    index_policy: str,
+) -> Tensor:
+    """`pool_bags` as one differentiable node that checks all of its inputs. Returns [B, T, D]."""
+    _check_bags(indices, offsets, per_sample_weights, num_features, pooling_factors, mean)
+    _check_slots(weights, num_features, features, row_starts, rows, mean, index_policy)
+    pooled_BTD = pool_bags(
+        weights,
+        indices,
+        offsets,
+        per_sample_weights,
+        num_features,
+        features,
+        row_starts,
+        rows,
+        mean,
+        pooling_factors,
+        index_policy,
+    )
+    return pooled_BTD.contiguous()
+
+
+def _check_bags(
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    num_features: int,
+    pooling_factors: Sequence[int] | None,
+    mean: Sequence[int],
+) -> None:
+    ids = indices.numel()
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+        raise BatchError(f"indices must be int32 or int64 of rank 1, got {indices.dtype} {tuple(indices.shape)}.")
+    if (offsets is None) == (pooling_factors is None):
+        raise BatchError("give either offsets or pooling_factors.")
+    if num_features < 1:
+        raise BatchError(f"num_features must be at least 1, got {num_features}.")
+    if offsets is not None:
+        if offsets.dim() != 1 or offsets.dtype != indices.dtype:
+            raise BatchError(f"offsets must be {indices.dtype} of rank 1, got {offsets.dtype} {tuple(offsets.shape)}.")
+        if offsets.numel() % num_features != 1 % num_features or offsets.numel() == 0:
+            raise BatchError(f"offsets must have {num_features} * B + 1 values, got {offsets.numel()}.")
+        if offsets[0] != 0 or offsets[-1] != ids or (offsets[1:] < offsets[:-1]).any():
+            raise BatchError(f"offsets must rise from 0 to {ids}.")
+    if pooling_factors is not None:
+        if len(pooling_factors) != num_features or min(pooling_factors) < 0 or sum(pooling_factors) < 1:
+            raise BatchError(f"pooling_factors must be {num_features} numbers of ids, got {pooling_factors}.")
+        if ids % sum(pooling_factors):
+            raise BatchError(f"{ids} ids are not a multiple of {sum(pooling_factors)}, the sum of pooling_factors.")
+    if per_sample_weights is not None:
+        if per_sample_weights.shape != indices.shape:
+            raise BatchError(f"per_sample_weights has shape {tuple(per_sample_weights.shape)} for {ids} ids.")
+        if any(mean):
+            raise BatchError("per_sample_weights go with sum pooling, but a slot has mean = 1.")
+
+
+def _check_slots(
+    weights: Tensor,
+    num_features: int,
+    features: Sequence[int],
+    row_starts: Sequence[int],
+    rows: Sequence[int],
+    mean: Sequence[int],
+    index_policy: str,
+) -> None:
+    if weights.dim() != 2 or not weights.is_floating_point():
+        raise BatchError(f"weights must be floating point of rank 2, got {weights.dtype} {tuple(weights.shape)}.")
+    if not len(features) == len(row_starts) == len(rows) == len(mean):
+        raise BatchError("features, row_starts, rows and mean need one value per slot.")
+    for t, (feature, start, count) in enumerate(zip(features, row_starts, rows, strict=True)):
+        if not 0 <= feature < num_features:
+            raise BatchError(f"slot {t}: feature {feature} is outside [0, {num_features}).")
+        if start < 0 or count < 1 or start + count > len(weights):
+            raise BatchError(f"slot {t}: rows {start} to {start + count} are not within the {len(weights)} rows.")
+    if index_policy not in INDEX_POLICIES:
+        raise BatchError(f"index_policy must be one of {', '.join(INDEX_POLICIES)}, got {index_policy!r}.")
+
+
+@table_batched_embedding_bag.register_fake
+def _(
+    weights: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    num_features: int,
+    features: Sequence[int],
+    row_starts: Sequence[int],
+    rows: Sequence[int],
+    mean: Sequence[int],
+    pooling_factors: Sequence[int] | None,
+    index_policy: str,
+) -> Tensor:
+    if offsets is not None:
+        B = (offsets.shape[0] - 1) // num_features
+    else:
+        assert pooling_factors is not None
+        B = indices.shape[0] // sum(pooling_factors)
+    return weights.new_empty(B, len(features), weights.shape[1])
+
+
+def _save_bags(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, indices, offsets, per_sample_weights, *attributes = inputs
+    ctx.save_for_backward(weights, indices, offsets, per_sample_weights)
+    ctx.attributes = attributes
+
+
+def _bags_backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
+    weights, indices, offsets, per_sample_weights = ctx.saved_tensors
+    bags = _resolve_bags(indices, offsets, *ctx.attributes)
+    grad_TBD = grad_BTD.transpose(0, 1).reshape(-1, weights.shape[1])
+    if bags.divisors is not None:
+        grad_TBD = grad_TBD / bags.divisors
+    bag_N = torch.arange(len(grad_TBD), device=indices.device).repeat_interleave(
+        bags.offsets.diff(), output_size=bags.rows.numel()
+    )
+    grad_ND = grad_TBD.index_select(0, bag_N)  # one row per id that was read
+    grad_weights = grad_per_sample = None
+    if ctx.needs_input_grad[3]:
+        products_N = (grad_ND * weights[bags.rows]).sum(1)
+        if bags.positions is not None:
+            products_N = torch.zeros_like(per_sample_weights).index_add(0, bags.positions, products_N)
+        grad_per_sample = products_N
+    if ctx.needs_input_grad[0]:
+        if per_sample_weights is not None:
+            scale_N = per_sample_weights if bags.positions is None else per_sample_weights[bags.positions]
+            grad_ND = grad_ND * scale_N[:, None]
+        grad_weights = torch.sparse_coo_tensor(
+            bags.rows[None], grad_ND, weights.shape, check_invariants=False, is_coalesced=False
+        )
+    return grad_weights, None, None, grad_per_sample, *(None for _ in ctx.attributes)
+
+
+table_batched_embedding_bag.register_autograd(_bags_backward, setup_context=_save_bags)
+
+
+@torch.library.custom_op(
+    "dlrm_deploy::dot_interaction",
+    mutates_args=(),
+    schema="(Tensor dense, Tensor embeddings, bool self_interaction) -> Tensor",
+)
+def dot_interaction(dense: Tensor, embeddings: Tensor, self_interaction: bool) -> Tensor:
+    """`interact` as one differentiable node that checks its inputs. Returns [B, D + P]."""
+    if (
+        dense.dim() != 2
+        or embeddings.dim() != 3
+        or dense.shape != (embeddings.shape[0], embeddings.shape[2])
+        or dense.dtype != embeddings.dtype
+    ):
+        raise BatchError(
+            f"dense [B, D] and embeddings [B, T, D] do not match: {dense.dtype} {tuple(dense.shape)} and "
+            f"{embeddings.dtype} {tuple(embeddings.shape)}."
+        )
+    return interact(dense, embeddings, self_interaction)
+
+
+@dot_interaction.register_fake
+def _(dense: Tensor, embeddings: Tensor, self_interaction: bool) -> Tensor:
+    V = embeddings.shape[1] + 1
+    pairs = V * (V + 1 if self_interaction else V - 1) // 2
+    return dense.new_empty(dense.shape[0], dense.shape[1] + pairs)
+
+
+def _save_vectors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dense, embeddings, ctx.self_interaction = inputs
+    ctx.save_for_backward(dense, embeddings)
+
+
+def _interaction_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dense, embeddings = ctx.saved_tensors
+    x_BVD = torch.cat([dense.unsqueeze(1), embeddings], dim=1)
+    B, V, D = x_BVD.shape
+    # Product (i, j) sends grad * x_j to x_i and grad * x_i to x_j: one symmetric matrix, read by a gather.
+    grad_pairs_BP = F.pad(grad[:, D:], (0, 1))  # the added zero stands for pairs without a product
+    grad_BVV = grad_pairs_BP.index_select(1, _mirror(int(V), ctx.self_interaction, grad.device)).view(B, V, V)
+    if ctx.self_interaction:
+        grad_BVV = grad_BVV * (1 + torch.eye(V, dtype=grad.dtype, device=grad.device))
+    grad_BVD = torch.bmm(grad_BVV, x_BVD)
+    return grad[:, :D] + grad_BVD[:, 0], grad_BVD[:, 1:], None
+
+
+@lru_cache(maxsize=64)
+def _mirror(V: int, self_interaction: bool, device: torch.device) -> Tensor:
+    """[V * V] position of each pair among the P products, P where it has none."""
+    with torch.inference_mode(False):
+        triangle_P = _triangle(V, self_interaction, device)
+        P = triangle_P.numel()
+        mirror = torch.full((V * V,), P, device=device)
+        order = torch.arange(P, device=device)
+        mirror[triangle_P] = order
+        mirror[triangle_P % V * V + triangle_P // V] = order
+        return mirror
+
+
+dot_interaction.register_autograd(_interaction_backward, setup_context=_save_vectors)

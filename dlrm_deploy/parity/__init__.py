@@ -1,0 +1,1 @@
+"""Runs an engine and the PyTorch reference on the same batches, and says how far apart their outputs are."""

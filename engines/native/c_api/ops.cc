@@ -1,0 +1,253 @@
+// ops.cc: the plain C functions of dlrm_deploy/ops.h. Nothing throws past this file.
+#include "dlrm_deploy/ops.h"
+
+#include <exception>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "c_api/worker_pool.h"
+#include "calibrate/calibrate.h"
+#include "kernels/dispatch.h"
+#include "kernels/dot_interaction.h"
+#include "kernels/embedding_bag.h"
+
+namespace dlrm_deploy {
+namespace {
+
+constexpr int64_t kMostFloats = std::numeric_limits<int64_t>::max() / 16;
+constexpr int32_t kMostThreads = 1024;
+
+std::string& LastError() {
+  thread_local std::string message;
+  return message;
+}
+
+dlrm_deploy_status Fail(dlrm_deploy_status status, std::string message) {
+  LastError() = std::move(message);
+  return status;
+}
+
+// Runs `body`, and turns what it throws into a status.
+template <typename Body>
+dlrm_deploy_status Guarded(const Body& body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    return Fail(DLRM_DEPLOY_FAILED, error.what());
+  } catch (...) {
+    return Fail(DLRM_DEPLOY_FAILED, "unknown failure");
+  }
+}
+
+// a * b * c floats, or -1 when that is negative or too many to address.
+int64_t CountFloats(int64_t a, int64_t b, int64_t c) {
+  int64_t product;
+  if (a < 0 || b < 0 || c < 0 || __builtin_mul_overflow(a, b, &product) ||
+      __builtin_mul_overflow(product, c, &product) || product > kMostFloats) {
+    return -1;
+  }
+  return product;
+}
+
+dlrm_deploy_status ChoosePath(const char* name, const KernelPath** path) {
+  std::string error;
+  *path =
+      name != nullptr ? ChooseKernelPath(name, &error) : ChooseKernelPathFromEnvironment(&error);
+  return *path != nullptr ? DLRM_DEPLOY_OK : Fail(DLRM_DEPLOY_NO_PATH, error);
+}
+
+Error CheckThreads(int32_t threads) {
+  if (threads >= 1 && threads <= kMostThreads) return {};
+  return "threads is " + std::to_string(threads) + ", expected 1 to " +
+         std::to_string(kMostThreads);
+}
+
+Error CheckCalibration(int32_t threads, double duration_ms, const double* result) {
+  if (Error error = CheckThreads(threads)) return error;
+  if (!(duration_ms > 0.0 && duration_ms <= 600e3)) {
+    return "duration_ms is " + std::to_string(duration_ms) +
+           ", expected more than 0, at most 600000";
+  }
+  if (result == nullptr) return std::string("result is NULL");
+  return {};
+}
+
+std::vector<int64_t> Values(const int64_t* from, int64_t count) {
+  return from == nullptr ? std::vector<int64_t>() : std::vector<int64_t>(from, from + count);
+}
+
+Error CheckBag(const dlrm_deploy_embedding_bag* bag) {
+  if (bag == nullptr || bag->struct_size < sizeof(dlrm_deploy_embedding_bag)) {
+    return std::string("struct_size is smaller than this library's dlrm_deploy_embedding_bag");
+  }
+  if (bag->id_bytes != 4 && bag->id_bytes != 8) {
+    return "id_bytes is " + std::to_string(bag->id_bytes) + ", expected 4 or 8";
+  }
+  if (bag->num_slots < 0 || bag->num_features < 0 || bag->num_indices < 0 || bag->num_offsets < 0 ||
+      bag->num_per_sample_weights < 0 || CountFloats(bag->total_rows, bag->width, 1) < 0) {
+    return std::string("a size is negative or too large to address");
+  }
+  if ((bag->weights == nullptr && CountFloats(bag->total_rows, bag->width, 1) > 0) ||
+      (bag->indices == nullptr && bag->num_indices > 0) ||
+      (bag->pooled == nullptr && bag->pooled_floats > 0)) {
+    return std::string("weights, indices or pooled is NULL");
+  }
+  return {};
+}
+
+Error RunBag(const dlrm_deploy_embedding_bag& c, const KernelPath& path, int threads) {
+  EmbeddingBagAttributes attributes;
+  attributes.num_features = c.num_features;
+  attributes.features = Values(c.features, c.num_slots);
+  attributes.row_starts = Values(c.row_starts, c.num_slots);
+  attributes.rows = Values(c.rows, c.num_slots);
+  attributes.mean = Values(c.mean, c.num_slots);
+  attributes.pooling_factors = Values(c.pooling_factors, c.num_features);
+  const std::string policy = c.index_policy == nullptr ? "error" : c.index_policy;
+  if (Error error = ParseIndexPolicy(policy, &attributes.index_policy)) return error;
+  if (c.feature_names != nullptr) attributes.feature_names = c.feature_names;
+
+  EmbeddingBag bag;
+  if (Error error = EmbeddingBag::Create(std::move(attributes), &bag)) return error;
+
+  EmbeddingBagInputs inputs;
+  inputs.weights = c.weights;
+  inputs.total_rows = c.total_rows;
+  inputs.width = c.width;
+  inputs.id_type = c.id_bytes == 4 ? IdType::kInt32 : IdType::kInt64;
+  inputs.indices = c.indices;
+  inputs.num_indices = c.num_indices;
+  inputs.has_offsets = c.offsets != nullptr;
+  inputs.offsets = c.offsets;
+  inputs.num_offsets = c.num_offsets;
+  inputs.has_per_sample_weights = c.per_sample_weights != nullptr;
+  inputs.per_sample_weights = c.per_sample_weights;
+  inputs.num_per_sample_weights = c.num_per_sample_weights;
+
+  int64_t batch = 0;
+  if (Error error = bag.BatchSize(inputs, &batch)) return error;
+  const int64_t needed = CountFloats(batch, bag.slots(), c.width);
+  if (needed < 0 || needed > c.pooled_floats) {
+    return "pooled holds " + std::to_string(c.pooled_floats) + " floats, expected at least " +
+           std::to_string(batch) + " x " + std::to_string(bag.slots()) + " x " +
+           std::to_string(c.width);
+  }
+  return bag.Run(inputs, batch, path, PooledRunner(threads), c.pooled);
+}
+
+Error RunInteraction(const dlrm_deploy_dot_interaction* c, const KernelPath& path, int threads) {
+  if (c == nullptr || c->struct_size < sizeof(dlrm_deploy_dot_interaction)) {
+    return std::string("struct_size is smaller than this library's dlrm_deploy_dot_interaction");
+  }
+  InteractionShape shape;
+  if (Error error =
+          MakeInteractionShape(c->num_slots, c->width, c->self_interaction != 0, &shape)) {
+    return error;
+  }
+  const int64_t inputs = CountFloats(c->batch, shape.vectors, c->width);
+  const int64_t needed = CountFloats(c->batch, shape.output_width, 1);
+  if (inputs < 0 || needed < 0 || needed > c->interactions_floats) {
+    return "interactions holds " + std::to_string(c->interactions_floats) +
+           " floats, expected at least " + std::to_string(c->batch) + " x " +
+           std::to_string(shape.output_width);
+  }
+  if (needed > 0 && (c->interactions == nullptr || (c->width > 0 && c->dense == nullptr) ||
+                     (c->width > 0 && c->num_slots > 0 && c->embeddings == nullptr))) {
+    return std::string("dense, embeddings or interactions is NULL");
+  }
+  return RunDotInteraction(shape, c->dense, c->embeddings, c->batch, path, PooledRunner(threads),
+                           c->interactions);
+}
+
+}  // namespace
+}  // namespace dlrm_deploy
+
+using namespace dlrm_deploy;
+
+const char* dlrm_deploy_last_error(void) { return LastError().c_str(); }
+
+const char* dlrm_deploy_kernel_path(void) {
+  const KernelPath* path = nullptr;
+  const auto choose = [&] { return ChoosePath(nullptr, &path); };
+  return Guarded(choose) == DLRM_DEPLOY_OK ? path->name : nullptr;
+}
+
+const char* dlrm_deploy_kernel_paths(void) {
+  static const std::string* const names = [] {
+    auto* joined = new std::string;
+    for (const KernelPath& path : AllKernelPaths()) {
+      if (!path.supported()) continue;
+      if (!joined->empty()) *joined += ",";
+      *joined += path.name;
+    }
+    return joined;
+  }();
+  return names->c_str();
+}
+
+dlrm_deploy_status dlrm_deploy_run_embedding_bag(const dlrm_deploy_embedding_bag* bag,
+                                                 const char* path_name, int32_t threads) {
+  return Guarded([&] {
+    const KernelPath* path = nullptr;
+    if (const auto status = ChoosePath(path_name, &path)) return status;
+    Error error = CheckThreads(threads);
+    if (!error) error = CheckBag(bag);
+    if (!error) error = RunBag(*bag, *path, threads);
+    return error ? Fail(DLRM_DEPLOY_BAD_INPUT, *error) : DLRM_DEPLOY_OK;
+  });
+}
+
+dlrm_deploy_status dlrm_deploy_run_dot_interaction(const dlrm_deploy_dot_interaction* interaction,
+                                                   const char* path_name, int32_t threads) {
+  return Guarded([&] {
+    const KernelPath* path = nullptr;
+    if (const auto status = ChoosePath(path_name, &path)) return status;
+    Error error = CheckThreads(threads);
+    if (!error) error = RunInteraction(interaction, *path, threads);
+    return error ? Fail(DLRM_DEPLOY_BAD_INPUT, *error) : DLRM_DEPLOY_OK;
+  });
+}
+
+dlrm_deploy_status dlrm_deploy_calibrate_fma(int32_t threads, double duration_ms, double* result) {
+  return Guarded([&] {
+    if (Error error = CheckCalibration(threads, duration_ms, result)) {
+      return Fail(DLRM_DEPLOY_BAD_INPUT, *error);
+    }
+    const KernelPath* path = nullptr;
+    if (const auto status = ChoosePath(nullptr, &path)) return status;
+    *result = MeasureFmaGflops(*path, threads, duration_ms);
+    return DLRM_DEPLOY_OK;
+  });
+}
+
+dlrm_deploy_status dlrm_deploy_calibrate_read(int64_t bytes, int32_t threads, double duration_ms,
+                                              double* result) {
+  return Guarded([&] {
+    Error error = CheckCalibration(threads, duration_ms, result);
+    if (!error && bytes / 4096 < threads) {
+      error = "bytes is " + std::to_string(bytes) + ", expected at least 4096 a thread";
+    }
+    if (error) return Fail(DLRM_DEPLOY_BAD_INPUT, *error);
+    *result = MeasureReadGbps(bytes, threads, duration_ms);
+    return DLRM_DEPLOY_OK;
+  });
+}
+
+dlrm_deploy_status dlrm_deploy_calibrate_gather(int64_t row_bytes, int64_t table_bytes,
+                                                int32_t threads, double duration_ms,
+                                                double* result) {
+  return Guarded([&] {
+    Error error = CheckCalibration(threads, duration_ms, result);
+    if (!error && (row_bytes < 4 || row_bytes % 4 != 0 || table_bytes < row_bytes)) {
+      error = "row_bytes is " + std::to_string(row_bytes) +
+              ", expected a multiple of 4 that is at most table_bytes, " +
+              std::to_string(table_bytes);
+    }
+    if (error) return Fail(DLRM_DEPLOY_BAD_INPUT, *error);
+    const KernelPath* path = nullptr;
+    if (const auto status = ChoosePath(nullptr, &path)) return status;
+    *result = MeasureGatherGbps(*path, row_bytes, table_bytes, threads, duration_ms);
+    return DLRM_DEPLOY_OK;
+  });
+}

@@ -1,0 +1,85 @@
+// embedding_bag.h: TableBatchedEmbeddingBag of docs/operators.md, on any kernel path.
+//
+// Everything about the inputs is checked here, and each id before its row's address is made: the
+// inner loops of a path see only rows that exist. Errors are returned as text, null means success;
+// nothing throws except std::bad_alloc.
+#ifndef DLRM_DEPLOY_KERNELS_EMBEDDING_BAG_H_
+#define DLRM_DEPLOY_KERNELS_EMBEDDING_BAG_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/dispatch.h"
+#include "kernels/parallel.h"
+
+namespace dlrm_deploy {
+
+using Error = std::optional<std::string>;
+
+enum class IndexPolicy { kError, kClamp, kModulo, kZero };
+Error ParseIndexPolicy(const std::string& name, IndexPolicy* policy);
+
+// The attributes of the operator. F features, T slots.
+struct EmbeddingBagAttributes {
+  int64_t num_features = 0;
+  std::vector<int64_t> features;         // [T]
+  std::vector<int64_t> row_starts;       // [T]
+  std::vector<int64_t> rows;             // [T]
+  std::vector<int64_t> mean;             // [T]
+  std::vector<int64_t> pooling_factors;  // [F], or empty for the CSR form
+  IndexPolicy index_policy = IndexPolicy::kError;
+  std::string feature_names;  // F names joined by newlines, or empty
+
+  bool Fixed() const { return !pooling_factors.empty(); }
+};
+
+enum class IdType { kInt32, kInt64 };
+
+// The inputs of one call. Nothing is owned or kept.
+struct EmbeddingBagInputs {
+  const float* weights = nullptr;  // [total_rows, width]
+  int64_t total_rows = 0;
+  int64_t width = 0;
+  IdType id_type = IdType::kInt64;  // of indices and offsets
+  const void* indices = nullptr;    // [num_indices]
+  int64_t num_indices = 0;
+  bool has_offsets = false;
+  const void* offsets = nullptr;  // [num_offsets]
+  int64_t num_offsets = 0;
+  bool has_per_sample_weights = false;
+  const float* per_sample_weights = nullptr;  // [num_per_sample_weights]
+  int64_t num_per_sample_weights = 0;
+};
+
+class EmbeddingBag {
+ public:
+  // Checks the attributes against each other. `bag` is usable after success.
+  static Error Create(EmbeddingBagAttributes attributes, EmbeddingBag* bag);
+
+  // Checks lengths and row ranges, and sets the number of samples B. Reads no ids and no offsets.
+  Error BatchSize(const EmbeddingBagInputs& inputs, int64_t* batch) const;
+
+  // Pools into `pooled` [B, T, width], where B came from BatchSize() of the same inputs. Fails when
+  // offsets do not rise from 0 to N, or on an id out of range under IndexPolicy::kError; `pooled`
+  // then holds nothing of use.
+  Error Run(const EmbeddingBagInputs& inputs, int64_t batch, const KernelPath& path,
+            const BlockRunner& runner, float* pooled) const;
+
+  int64_t slots() const { return static_cast<int64_t>(attributes_.features.size()); }
+
+ private:
+  template <typename Id>
+  friend class EmbeddingBagRun;
+
+  std::string FeatureName(int64_t feature) const;
+
+  EmbeddingBagAttributes attributes_;
+  std::vector<std::string> names_;              // [F], or empty
+  std::vector<int64_t> pooling_factor_starts_;  // [F + 1] running sum, fixed form only
+};
+
+}  // namespace dlrm_deploy
+
+#endif  // DLRM_DEPLOY_KERNELS_EMBEDDING_BAG_H_

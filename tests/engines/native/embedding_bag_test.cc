@@ -1,0 +1,335 @@
+// Every path against the scalar one, bit for bit, with all inputs at the end of a page that may not
+// be touched.
+#include "kernels/embedding_bag.h"
+
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "c_api/worker_pool.h"
+#include "guarded_buffer.h"
+
+namespace dlrm_deploy {
+namespace {
+
+struct BagCase {
+  std::string name;
+  int64_t width = 4;
+  int64_t total_rows = 0;
+  EmbeddingBagAttributes attributes;
+  std::vector<int64_t> indices;
+  std::vector<int64_t> offsets;  // empty: the fixed form
+  std::vector<float> per_sample_weights;
+  std::vector<float> weights;
+};
+
+// Bags of lengths[f][b], feature f in its own table of rows[f] rows.
+BagCase MakeCase(const std::string& name, const std::vector<std::vector<int64_t>>& lengths,
+                 const std::vector<int64_t>& rows, int64_t width, bool weighted = false,
+                 bool mean = false) {
+  std::mt19937 random(static_cast<unsigned>(width));
+  std::normal_distribution<float> normal;
+  BagCase c;
+  c.name = name + ", width " + std::to_string(width);
+  c.width = width;
+  c.attributes.num_features = static_cast<int64_t>(lengths.size());
+  c.offsets.push_back(0);
+  for (size_t f = 0; f < lengths.size(); ++f) {
+    c.attributes.features.push_back(static_cast<int64_t>(f));
+    c.attributes.row_starts.push_back(c.total_rows);
+    c.attributes.rows.push_back(rows[f]);
+    c.attributes.mean.push_back(mean);
+    c.total_rows += rows[f];
+    for (const int64_t length : lengths[f]) {
+      for (int64_t i = 0; i < length; ++i) {
+        c.indices.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(rows[f])));
+        if (weighted) c.per_sample_weights.push_back(normal(random));
+      }
+      c.offsets.push_back(static_cast<int64_t>(c.indices.size()));
+    }
+  }
+  c.weights.resize(static_cast<size_t>(c.total_rows * width));
+  for (float& w : c.weights) w = normal(random);
+  return c;
+}
+
+struct Result {
+  Error error;
+  std::vector<float> pooled;
+};
+
+template <typename Id>
+Result RunAs(const BagCase& c, const KernelPath& path, int threads) {
+  GuardedBuffer<float> weights(c.weights), per_sample_weights(c.per_sample_weights);
+  GuardedBuffer<Id> indices(std::vector<Id>(c.indices.begin(), c.indices.end()));
+  GuardedBuffer<Id> offsets(std::vector<Id>(c.offsets.begin(), c.offsets.end()));
+  EmbeddingBagInputs in;
+  in.weights = weights.data();
+  in.total_rows = c.total_rows;
+  in.width = c.width;
+  in.id_type = sizeof(Id) == 4 ? IdType::kInt32 : IdType::kInt64;
+  in.indices = indices.data();
+  in.num_indices = static_cast<int64_t>(c.indices.size());
+  in.has_offsets = !c.offsets.empty();
+  in.offsets = offsets.data();
+  in.num_offsets = static_cast<int64_t>(c.offsets.size());
+  in.has_per_sample_weights = !c.per_sample_weights.empty();
+  in.per_sample_weights = per_sample_weights.data();
+  in.num_per_sample_weights = static_cast<int64_t>(c.per_sample_weights.size());
+
+  Result result;
+  EmbeddingBag bag;
+  int64_t batch = 0;
+  result.error = EmbeddingBag::Create(c.attributes, &bag);
+  if (!result.error) result.error = bag.BatchSize(in, &batch);
+  if (result.error) return result;
+  GuardedBuffer<float> pooled(
+      std::vector<float>(static_cast<size_t>(batch * bag.slots() * c.width), -7.0f));
+  result.error = bag.Run(in, batch, path, PooledRunner(threads), pooled.data());
+  result.pooled.assign(pooled.data(), pooled.data() + batch * bag.slots() * c.width);
+  return result;
+}
+
+// NaNs of all kinds compare equal; everything else by its bits.
+std::vector<uint32_t> Bits(const std::vector<float>& values) {
+  std::vector<uint32_t> bits(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    const float value = std::isnan(values[i]) ? std::numeric_limits<float>::quiet_NaN() : values[i];
+    std::memcpy(&bits[i], &value, sizeof value);
+  }
+  return bits;
+}
+
+const KernelPath& Scalar() { return AllKernelPaths().back(); }
+
+void ExpectAllPathsAgree(const BagCase& c) {
+  const Result expected = RunAs<int64_t>(c, Scalar(), 1);
+  ASSERT_FALSE(expected.error) << c.name << ": " << *expected.error;
+  for (const KernelPath& path : AllKernelPaths()) {
+    if (!path.supported()) continue;
+    for (const int threads : {1, 2}) {
+      const Result wide = RunAs<int64_t>(c, path, threads);
+      EXPECT_EQ(Bits(wide.pooled), Bits(expected.pooled)) << path.name << " on " << c.name;
+      const Result narrow = RunAs<int32_t>(c, path, threads);
+      EXPECT_EQ(Bits(narrow.pooled), Bits(expected.pooled)) << path.name << " int32 on " << c.name;
+    }
+  }
+}
+
+const std::vector<int64_t> kWidths = {1, 3, 15, 16, 17, 64, 100};
+
+TEST(EmbeddingBag, EveryPathMatchesScalarBitwiseOnAwkwardBags) {
+  for (const int64_t width : kWidths) {
+    for (const bool weighted : {false, true}) {
+      ExpectAllPathsAgree(MakeCase("no samples", {{}, {}}, {4, 5}, width, weighted));
+      ExpectAllPathsAgree(MakeCase("empty bags", {{0, 0}, {0, 0}}, {4, 5}, width, weighted));
+      ExpectAllPathsAgree(MakeCase("one id", {{1}, {1}}, {4, 5}, width, weighted));
+      ExpectAllPathsAgree(MakeCase("repeated", {{9, 9}, {7, 0}}, {1, 1}, width, weighted));
+      ExpectAllPathsAgree(
+          MakeCase("uneven", {{0, 3, 300, 1}, {1, 0, 2, 257}}, {4, 5}, width, weighted));
+      ExpectAllPathsAgree(
+          MakeCase("one-hot", std::vector<std::vector<int64_t>>(3, std::vector<int64_t>(600, 1)),
+                   {40, 50, 60}, width, weighted));
+    }
+    ExpectAllPathsAgree(
+        MakeCase("mean", {{0, 3, 300, 1}, {1, 0, 2, 257}}, {4, 5}, width, false, true));
+  }
+}
+
+TEST(EmbeddingBag, ABagOfAHundredThousandIds) {
+  ExpectAllPathsAgree(MakeCase("long", {{0, 100000}, {2, 1}}, {70, 5}, 17, true));
+  ExpectAllPathsAgree(MakeCase("long mean", {{0, 100000}, {2, 1}}, {70, 5}, 17, false, true));
+}
+
+TEST(EmbeddingBag, TheScalarPathSumsInIndexOrder) {
+  BagCase c = MakeCase("order", {{3, 0, 1}}, {3}, 1);
+  c.weights = {1.0f, 1e8f, -1e8f};
+  c.indices = {0, 1, 2, 0};
+  EXPECT_EQ(RunAs<int64_t>(c, Scalar(), 1).pooled, (std::vector<float>{0.0f, 0.0f, 1.0f}));
+  c.indices = {1, 2, 0, 0};
+  EXPECT_EQ(RunAs<int64_t>(c, Scalar(), 1).pooled, (std::vector<float>{1.0f, 0.0f, 1.0f}));
+}
+
+TEST(EmbeddingBag, FixedPoolingEqualsTheSameBagsWithOffsets) {
+  for (const int64_t width : kWidths) {
+    BagCase c = MakeCase("fixed", {{2, 2, 2}, {0, 0, 0}, {3, 3, 3}}, {4, 5, 6}, width);
+    const Result expected = RunAs<int64_t>(c, Scalar(), 1);
+    c.attributes.pooling_factors = {2, 0, 3};
+    c.offsets.clear();
+    ExpectAllPathsAgree(c);
+    EXPECT_EQ(Bits(RunAs<int64_t>(c, Scalar(), 1).pooled), Bits(expected.pooled));
+  }
+}
+
+TEST(EmbeddingBag, NanAndInfinityStayInTheirBag) {
+  BagCase c = MakeCase("non-finite", {{2, 1, 2, 1}}, {5}, 19);
+  c.indices = {0, 1, 2, 3, 4, 2};
+  c.weights[0] = std::numeric_limits<float>::quiet_NaN();
+  c.weights[3 * 19 + 5] = std::numeric_limits<float>::infinity();
+  c.weights[4 * 19 + 5] = -std::numeric_limits<float>::infinity();
+  ExpectAllPathsAgree(c);
+  const std::vector<float> pooled = RunAs<int64_t>(c, Scalar(), 1).pooled;
+  for (size_t i = 0; i < pooled.size(); ++i) {
+    EXPECT_EQ(std::isfinite(pooled[i]), i != 0 && i != 2 * 19 + 5) << i;
+  }
+}
+
+TEST(EmbeddingBag, PoliciesReadOnlyInsideTheTable) {
+  constexpr int64_t kFar = std::numeric_limits<int64_t>::max();
+  constexpr int64_t kNear = std::numeric_limits<int64_t>::min();
+  struct Expectation {
+    IndexPolicy policy;
+    std::vector<float> pooled;
+  };
+  // One table of three rows 1, 10, 100 between two others; one bag an id, then a bag of all.
+  const std::vector<int64_t> ids = {-1, 3, 1, kFar, kNear, -1, 3, 1};
+  const std::vector<Expectation> expectations = {
+      {IndexPolicy::kClamp, {1, 100, 10, 100, 1, 111}},
+      {IndexPolicy::kModulo, {100, 1, 10, 10, 10, 111}},  // 2^63 - 1 and -2^63 are both 1 modulo 3
+      {IndexPolicy::kZero, {0, 0, 10, 0, 0, 10}},
+  };
+  for (const Expectation& expected : expectations) {
+    BagCase c = MakeCase("policy", {{1, 1, 1, 1, 1, 3}}, {3}, 1);
+    c.total_rows = 5;
+    c.weights = {7777, 1, 10, 100, 8888};
+    c.attributes.row_starts = {1};
+    c.attributes.index_policy = expected.policy;
+    c.indices = ids;
+    for (const KernelPath& path : AllKernelPaths()) {
+      if (!path.supported()) continue;
+      EXPECT_EQ(RunAs<int64_t>(c, path, 1).pooled, expected.pooled) << path.name;
+    }
+  }
+}
+
+TEST(EmbeddingBag, AnIdUnderPolicyZeroIgnoresItsWeightButCountsInTheMean) {
+  BagCase c = MakeCase("zero", {{2}}, {3}, 1);
+  c.weights = {8, 8, 8};
+  c.indices = {1, 9};
+  c.attributes.index_policy = IndexPolicy::kZero;
+  c.attributes.mean = {1};
+  EXPECT_EQ(RunAs<int64_t>(c, Scalar(), 1).pooled, std::vector<float>{4});
+  c.attributes.mean = {0};
+  c.per_sample_weights = {0.5f, std::numeric_limits<float>::quiet_NaN()};
+  for (const KernelPath& path : AllKernelPaths()) {
+    if (!path.supported()) continue;
+    EXPECT_EQ(RunAs<int64_t>(c, path, 1).pooled, std::vector<float>{4}) << path.name;
+  }
+}
+
+TEST(EmbeddingBag, UnderPolicyErrorTheFirstBadIdByPositionIsNamedOnAnyNumberOfThreads) {
+  const std::vector<int64_t> ones(4000, 1);
+  BagCase c = MakeCase("error", {ones, ones, ones}, {50, 60, 70}, 16);
+  c.attributes.feature_names = "user\nitem\ngenre";
+  c.indices[11999] = 70;
+  c.indices[5234] = -3;
+  c.indices[5235] = std::numeric_limits<int64_t>::max();
+  for (const KernelPath& path : AllKernelPaths()) {
+    if (!path.supported()) continue;
+    for (const int threads : {1, 2, 4}) {
+      const Result result = RunAs<int64_t>(c, path, threads);
+      ASSERT_TRUE(result.error);
+      EXPECT_EQ(result.error->find(
+                    "feature 'item', sample 1234, position 0 of its bag: id -3 is outside [0, 60)"),
+                0u)
+          << *result.error;
+    }
+  }
+}
+
+TEST(EmbeddingBag, ASlotThatPoolsAFeatureWithFewerRowsIsTheOneQuoted) {
+  BagCase c = MakeCase("two slots", {{2}}, {9}, 2);
+  c.attributes.features = {0, 0};
+  c.attributes.row_starts = {0, 4};
+  c.attributes.rows = {9, 5};
+  c.attributes.mean = {0, 0};
+  c.indices = {4, 5};
+  const Result result = RunAs<int64_t>(c, Scalar(), 1);
+  ASSERT_TRUE(result.error);
+  EXPECT_NE(result.error->find("position 1 of its bag: id 5 is outside [0, 5)"), std::string::npos)
+      << *result.error;
+}
+
+TEST(EmbeddingBag, OffsetsThatFallAreNamedAndNothingIsRead) {
+  BagCase c = MakeCase("offsets", {{2, 1}, {1, 2}}, {4, 5}, 3);
+  c.offsets = {0, 2, 1, 4, 6};
+  const Result fall = RunAs<int32_t>(c, Scalar(), 2);
+  ASSERT_TRUE(fall.error);
+  EXPECT_EQ(*fall.error, "offsets must not fall: offsets[2] is 1 after 2 (feature 0, sample 1)");
+  c.offsets = {0, 2, 3, 4, 1 << 30};
+  EXPECT_EQ(*RunAs<int32_t>(c, Scalar(), 1).error,
+            "offsets must end with the number of ids, 6, got 1073741824");
+  c.offsets = {-1, 2, 3, 4, 6};
+  EXPECT_EQ(*RunAs<int64_t>(c, Scalar(), 1).error, "offsets must begin with 0, got -1");
+  c.offsets = {0, 2, 3, 6};
+  EXPECT_EQ(*RunAs<int64_t>(c, Scalar(), 1).error,
+            "offsets has 4 values, expected num_features * batch + 1 with num_features = 2");
+}
+
+TEST(EmbeddingBag, HugeAttributesAreRefusedWithoutOverflow) {
+  constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
+  BagCase c = MakeCase("huge", {{1}}, {4}, 1);
+  c.attributes.row_starts = {kHuge};
+  EXPECT_TRUE(RunAs<int64_t>(c, Scalar(), 1).error);
+  c.attributes.row_starts = {0};
+  c.attributes.rows = {kHuge};
+  EXPECT_TRUE(RunAs<int64_t>(c, Scalar(), 1).error);
+  c.attributes.rows = {4};
+  c.attributes.num_features = kHuge;
+  EXPECT_TRUE(RunAs<int64_t>(c, Scalar(), 1).error);
+  c.attributes.num_features = 2;
+  c.offsets.clear();
+  c.attributes.pooling_factors = {kHuge, kHuge};
+  EXPECT_EQ(*RunAs<int64_t>(c, Scalar(), 1).error,
+            "pooling factor 9223372036854775807 is out of range");
+}
+
+// Rows beyond 2^31 elements and beyond 2^32 bytes: reserved address space of which two rows are
+// real.
+TEST(EmbeddingBag, RowsAreAddressedInSixtyFourBits) {
+  constexpr int64_t kWidth = 64;
+  constexpr int64_t kRows = (int64_t{12} << 30) / (kWidth * static_cast<int64_t>(sizeof(float)));
+  constexpr size_t kBytes = static_cast<size_t>(kRows * kWidth) * sizeof(float);
+  void* mapped = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) GTEST_SKIP() << "cannot reserve 12 GiB of address space here";
+  float* table = static_cast<float*>(mapped);
+  const int64_t far = kRows - 1;
+  static_assert(far * kWidth > (int64_t{1} << 31), "beyond 32-bit elements");
+  for (int64_t d = 0; d < kWidth; ++d) {
+    table[d] = 1.0f;
+    table[far * kWidth + d] = static_cast<float>(d);
+  }
+  BagCase c = MakeCase("far", {{2}}, {1}, kWidth);
+  c.attributes.rows = {kRows};
+  EmbeddingBag bag;
+  ASSERT_FALSE(EmbeddingBag::Create(c.attributes, &bag));
+  const std::vector<int64_t> ids = {0, far};
+  EmbeddingBagInputs in;
+  in.weights = table;
+  in.total_rows = kRows;
+  in.width = kWidth;
+  in.indices = ids.data();
+  in.num_indices = 2;
+  in.has_offsets = true;
+  const std::vector<int64_t> offsets = {0, 2};
+  in.offsets = offsets.data();
+  in.num_offsets = 2;
+  for (const KernelPath& path : AllKernelPaths()) {
+    if (!path.supported()) continue;
+    std::vector<float> pooled(kWidth);
+    ASSERT_FALSE(bag.Run(in, 1, path, PooledRunner(1), pooled.data()));
+    for (int64_t d = 0; d < kWidth; ++d)
+      EXPECT_EQ(pooled[static_cast<size_t>(d)], 1.0f + static_cast<float>(d));
+  }
+  munmap(mapped, kBytes);
+}
+
+}  // namespace
+}  // namespace dlrm_deploy

@@ -1,0 +1,179 @@
+"""The NumPy reference against loops over single ids, and every error of docs/operators.md."""
+
+import re
+
+import numpy as np
+import pytest
+
+from dlrm_deploy.errors import BatchError
+from dlrm_deploy.ops.reference import dot_interaction, table_batched_embedding_bag
+
+WEIGHTS = np.arange(12, dtype=np.float32).reshape(6, 2)  # table a: rows 0 to 3, table b: rows 4 and 5
+TWO_TABLES = {"num_features": 2, "features": [0, 1], "row_starts": [0, 4], "rows": [4, 2], "mean": [0, 0]}
+
+
+def ids(*values, dtype=np.int64):
+    return np.array(values, dtype)
+
+
+def pool(indices, offsets, weights=WEIGHTS, **changes):
+    return table_batched_embedding_bag(weights, indices, offsets, **{**TWO_TABLES, **changes})
+
+
+def one_by_one(weights, indices, offsets, *, num_features, features, row_starts, rows, mean):
+    batch_size = (len(offsets) - 1) // num_features
+    pooled = np.zeros((batch_size, len(features), weights.shape[1]), np.float32)
+    for b in range(batch_size):
+        for t, feature in enumerate(features):
+            bag = feature * batch_size + b
+            for i in range(offsets[bag], offsets[bag + 1]):
+                for d in range(weights.shape[1]):
+                    pooled[b, t, d] = np.float32(pooled[b, t, d] + weights[row_starts[t] + indices[i], d])
+            if mean[t] and offsets[bag + 1] > offsets[bag]:
+                pooled[b, t] /= np.float32(offsets[bag + 1] - offsets[bag])
+    return pooled
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_pools_like_a_loop_over_single_ids_bit_for_bit(dtype):
+    rng = np.random.default_rng(1)
+    weights = rng.normal(size=(6, 3)).astype(np.float32)
+    lengths = rng.integers(0, 9, 2 * 5)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(dtype)
+    counts = lengths.reshape(2, 5).sum(axis=1)
+    indices = np.concatenate([rng.integers(0, 4, counts[0]), rng.integers(0, 2, counts[1])]).astype(dtype)
+    # Slots out of order, one feature twice, one table read by two slots.
+    slots = {
+        "num_features": 2,
+        "features": [1, 0, 1],
+        "row_starts": [4, 0, 0],
+        "rows": [2, 4, 4],
+        "mean": [1, 0, 0],
+    }
+    actual = table_batched_embedding_bag(weights, indices, offsets, **slots)
+    np.testing.assert_array_equal(actual, one_by_one(weights, indices, offsets, **slots))
+
+
+def test_empty_bags_and_empty_batches_give_zeros():
+    pooled = pool(ids(1), ids(0, 0, 1, 1, 1), mean=[1, 1])
+    np.testing.assert_array_equal(pooled, [[[0, 0], [0, 0]], [[2, 3], [0, 0]]])
+    assert pool(ids(), ids(0)).shape == (0, 2, 2)
+
+
+def test_fixed_form_is_the_csr_form_without_offsets():
+    indices = ids(0, 1, 2, 3, 1, 0)
+    fixed = pool(indices, None, pooling_factors=[2, 1])
+    np.testing.assert_array_equal(fixed, pool(indices, ids(0, 2, 4, 5, 6)))
+    assert pool(ids(), None, pooling_factors=[2, 1]).shape == (0, 2, 2)
+
+
+def test_each_row_is_multiplied_by_its_weight_before_it_is_added():
+    weighted = pool(ids(1, 1, 0), ids(0, 2, 3), per_sample_weights=np.array([2, 0.5, -1], np.float32))
+    np.testing.assert_array_equal(weighted, [[[5, 7.5], [-8, -9]]])
+
+
+def test_rows_are_rounded_after_each_step():
+    # 1e8 + 1 rounds to 1e8 in float32, so the order of additions shows.
+    weights = np.array([[1e8], [1], [-1e8]], np.float32)
+    slot = {"num_features": 1, "features": [0], "row_starts": [0], "rows": [3], "mean": [0]}
+    assert table_batched_embedding_bag(weights, ids(0, 1, 2), ids(0, 3), **slot).item() == 0
+    assert table_batched_embedding_bag(weights, ids(0, 2, 1), ids(0, 3), **slot).item() == 1
+
+
+def test_policies_map_ids_that_are_out_of_range():
+    indices, offsets = ids(-1, 5, 4, 1, 2), ids(0, 3, 5)
+    a, b = WEIGHTS[:4], WEIGHTS[4:]
+    np.testing.assert_array_equal(pool(indices, offsets, index_policy="clamp"), [[a[0] + 2 * a[3], 2 * b[1]]])
+    np.testing.assert_array_equal(pool(indices, offsets, index_policy="modulo"), [[a[3] + a[1] + a[0], b[1] + b[0]]])
+    np.testing.assert_array_equal(
+        pool(indices, offsets, index_policy="zero", mean=[0, 1]), [[[0, 0], b[1] / 2]]
+    )  # the dropped id still counts in the divisor
+
+
+def test_zero_policy_drops_nan_weights_of_ids_outside_and_keeps_those_inside():
+    weights = np.array([np.nan, 1, np.inf], np.float32)
+    pooled = pool(ids(9, 0, 1), ids(0, 2, 3), index_policy="zero", per_sample_weights=weights)
+    np.testing.assert_array_equal(pooled, [[[0, 1], [np.inf, np.inf]]])
+
+
+def test_nan_rows_stay_in_their_own_bag():
+    weights = WEIGHTS.copy()
+    weights[0] = np.nan
+    pooled = pool(ids(0, 1, 0, 0), ids(0, 1, 2, 3, 4), weights=weights)
+    assert np.isnan(pooled[0, 0]).all()
+    assert np.isfinite(pooled[1]).all()
+    assert np.isfinite(pooled[0, 1]).all()
+
+
+def test_error_policy_names_the_first_bad_id_by_position():
+    with pytest.raises(BatchError, match=r"feature 'genre', sample 1, position 1 of its bag: id 4 is outside \[0, 4\)"):
+        pool(ids(0, 1, 4, 7, -1), ids(0, 1, 3, 4, 5), feature_names=["genre", "item"])
+    with pytest.raises(BatchError, match=r"feature 1, sample 0, position 0 of its bag: id -2 is outside \[0, 2\)"):
+        pool(ids(0, -2), ids(0, 1, 2), features=[1, 1], row_starts=[4, 0], rows=[2, 4])
+
+
+def test_ids_of_features_that_no_slot_pools_are_not_looked_at():
+    pooled = pool(ids(99, 1), ids(0, 1, 2), features=[1], row_starts=[4], rows=[2], mean=[0])
+    np.testing.assert_array_equal(pooled, [[WEIGHTS[5]]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"weights": WEIGHTS.astype(np.float64)},
+            "weights must be a float32 array of rank 2, got float64 (6, 2)",
+        ),
+        ({"weights": WEIGHTS[0]}, "weights must be a float32 array of rank 2"),
+        ({"indices": ids(0, 0, dtype=np.int16)}, "indices must be a int32 or int64 array"),
+        ({"offsets": ids(0, 1, 2, dtype=np.int32)}, "offsets must be a int64 array of rank 1, got int32"),
+        ({"offsets": [0, 1, 2]}, "got list"),
+        ({"offsets": ids(0, 1, 2, 2)}, "offsets must have 2 * B + 1 values, got 4"),
+        ({"offsets": ids()}, "offsets must have 2 * B + 1 values, got 0"),
+        ({"offsets": ids(0, 1, 1)}, "offsets must rise from 0 to 2"),
+        ({"offsets": ids(1, 1, 2)}, "offsets must rise from 0 to 2"),
+        ({"offsets": ids(0, 3, 2)}, "offsets must rise from 0 to 2"),
+        ({"offsets": None}, "give either offsets or pooling_factors"),
+        ({"pooling_factors": [1, 1]}, "give either offsets or pooling_factors"),
+        ({"offsets": None, "pooling_factors": [2, 1]}, "2 ids are not a multiple of 3"),
+        ({"offsets": None, "pooling_factors": [1]}, "pooling_factors must be 2 numbers"),
+        ({"offsets": None, "pooling_factors": [0, 0]}, "not all zero"),
+        ({"features": [0, 2]}, "slot 1: feature 2 is outside [0, 2)"),
+        ({"rows": [4, 3]}, "slot 1: rows 4 to 7 are not within the 6 rows"),
+        ({"row_starts": [-1, 4]}, "slot 0: rows -1 to 3 are not within the 6 rows"),
+        ({"rows": [0, 2]}, "slot 0: rows 0 to 0"),
+        ({"mean": [0]}, "need one value per slot, got 2, 2, 2 and 1"),
+        ({"mean": [0, 2]}, "slot 1: mean must be 0 or 1"),
+        ({"num_features": 0}, "num_features must be at least 1"),
+        ({"index_policy": "wrap"}, "index_policy must be one of error, clamp, modulo, zero, got 'wrap'"),
+        ({"per_sample_weights": np.ones(3, np.float32)}, "per_sample_weights has 3 values for 2 ids"),
+        ({"per_sample_weights": np.ones(2)}, "per_sample_weights must be a float32 array"),
+        ({"per_sample_weights": np.ones(2, np.float32), "mean": [0, 1]}, "go with sum pooling"),
+    ],
+)
+def test_input_outside_the_contract_is_refused(changes, message):
+    inputs = {"indices": ids(0, 1), "offsets": ids(0, 1, 2)}
+    with pytest.raises(BatchError, match=re.escape(message)):
+        pool(**{**inputs, **changes})
+
+
+@pytest.mark.parametrize("self_interaction", [False, True])
+def test_products_follow_the_lower_triangle_row_by_row(self_interaction):
+    dense = np.array([[1, 2]], np.float32)
+    embeddings = np.array([[[3, 4], [5, 6]]], np.float32)
+    expected = [1, 2, 11, 17, 39] if not self_interaction else [1, 2, 5, 11, 25, 17, 39, 61]
+    np.testing.assert_array_equal(dot_interaction(dense, embeddings, self_interaction=self_interaction), [expected])
+
+
+def test_interaction_takes_no_embeddings_and_no_samples():
+    dense = np.ones((2, 3), np.float32)
+    np.testing.assert_array_equal(dot_interaction(dense, np.ones((2, 0, 3), np.float32)), dense)
+    assert dot_interaction(dense[:0], np.ones((0, 4, 3), np.float32)).shape == (0, 3 + 10)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2), (3, 4, 3)])
+def test_interaction_refuses_shapes_that_do_not_match(shape):
+    with pytest.raises(BatchError, match=r"do not match: \(2, 3\)"):
+        dot_interaction(np.ones((2, 3), np.float32), np.ones(shape, np.float32))
+    with pytest.raises(BatchError, match="embeddings must be a float32 array of rank 3"):
+        dot_interaction(np.ones((2, 3), np.float32), np.ones((2, 3), np.float32))

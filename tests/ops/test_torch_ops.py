@@ -1,0 +1,228 @@
+"""The PyTorch form against the NumPy reference; gradients against finite differences; one node under torch.export."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from dlrm_deploy.errors import BatchError
+from dlrm_deploy.ops import reference, torch_ops
+
+bag_op = torch.ops.dlrm_deploy.table_batched_embedding_bag
+dot_op = torch.ops.dlrm_deploy.dot_interaction
+
+# Slots of three features; table a is rows 0 to 4 of the group, table b rows 5 to 11.
+SLOTS = {
+    "in_order": {"features": [0, 1, 2], "row_starts": [0, 5, 0], "rows": [5, 7, 5]},
+    "subset_and_repeated": {"features": [2, 0, 2], "row_starts": [5, 0, 0], "rows": [7, 5, 5]},
+}
+BAGS = {
+    "uneven": [[3, 0, 1, 2], [0, 0, 5, 1], [2, 2, 2, 2]],
+    "all_empty": [[0] * 4] * 3,
+    "one_id": [[1] * 4] * 3,
+    "fixed": [[2] * 4, [1] * 4, [3] * 4],
+    "one_sample": [[1], [0], [4]],
+    "no_samples": [[], [], []],
+}
+
+
+def make(bags, policy="error", dtype=np.int64, width=3, weighted=False):
+    rng = np.random.default_rng(3)
+    lengths = np.array(BAGS[bags], int).reshape(3, -1)
+    low, high = (0, 5) if policy == "error" else (-9, 20)
+    indices = rng.integers(low, high, lengths.sum()).astype(dtype)
+    offsets = np.concatenate([[0], np.cumsum(lengths.reshape(-1))]).astype(dtype)
+    weights = rng.normal(size=(12, width)).astype(np.float32)
+    return weights, indices, offsets, rng.normal(size=indices.size).astype(np.float32) if weighted else None
+
+
+def run(weights, indices, offsets, per_sample, slots, mean, policy, factors=None):
+    tensors = [None if a is None else torch.from_numpy(a) for a in (weights, indices, offsets, per_sample)]
+    return bag_op(*tensors, 3, slots["features"], slots["row_starts"], slots["rows"], mean, factors, policy).numpy()
+
+
+@pytest.mark.parametrize("policy", ["error", "clamp", "modulo", "zero"])
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("bags", BAGS)
+@pytest.mark.parametrize("pooling", ["sum", "weighted", "mixed"])
+def test_matches_the_reference(policy, slots, bags, pooling):
+    dtype = np.int32 if policy == "modulo" else np.int64
+    weights, indices, offsets, per_sample = make(bags, policy, dtype, weighted=pooling == "weighted")
+    mean = [1, 0, 1] if pooling == "mixed" else [0, 0, 0]
+    expected = reference.table_batched_embedding_bag(
+        weights,
+        indices,
+        offsets,
+        num_features=3,
+        **SLOTS[slots],
+        mean=mean,
+        index_policy=policy,
+        per_sample_weights=per_sample,
+    )
+    actual = run(weights, indices, offsets, per_sample, SLOTS[slots], mean, policy)
+    assert actual.shape == expected.shape
+    # At most 5 terms of size 4, in any order: 5 * 2**-24 * 20 = 6e-6.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=6e-6)
+
+
+@pytest.mark.parametrize("factors", [[2, 1, 3], [2, 2, 2]])
+@pytest.mark.parametrize("batch_size", [0, 1, 4])
+def test_fixed_form_matches_the_reference(factors, batch_size):
+    rng = np.random.default_rng(4)
+    weights = rng.normal(size=(12, 2)).astype(np.float32)
+    indices = rng.integers(0, 5, batch_size * sum(factors))
+    slots = SLOTS["in_order"]
+    expected = reference.table_batched_embedding_bag(
+        weights, indices, None, num_features=3, **slots, mean=[0, 1, 0], pooling_factors=factors
+    )
+    actual = run(weights, indices, None, None, slots, [0, 1, 0], "error", factors)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
+
+
+def test_error_policy_names_the_first_bad_id_like_the_reference():
+    weights = np.zeros((12, 2), np.float32)
+    for slots in SLOTS.values():
+        indices, offsets = np.array([1, 9, 0, 8, -1, 2]), np.array([0, 0, 2, 3, 3, 5, 6])
+        with pytest.raises(BatchError) as expected:
+            reference.table_batched_embedding_bag(weights, indices, offsets, num_features=3, **slots, mean=[0] * 3)
+        with pytest.raises(BatchError, match=re.escape(str(expected.value))):
+            run(weights, indices, offsets, None, slots, [0] * 3, "error")
+
+
+def test_zero_policy_drops_nan_weights_of_ids_outside():
+    weights, offsets = np.ones((12, 1), np.float32), np.array([0, 2, 3, 3])
+    per_sample = np.array([np.nan, 2, np.inf], np.float32)
+    pooled = run(weights, np.array([7, 0, 1]), offsets, per_sample, SLOTS["in_order"], [0] * 3, "zero")
+    np.testing.assert_array_equal(pooled[0, :, 0], [2, np.inf, 0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"indices": torch.zeros(2)}, "indices must be int32 or int64 of rank 1, got torch.float32 (2,)"),
+        ({"indices": torch.zeros((1, 2), dtype=torch.int64)}, "indices must be int32 or int64 of rank 1"),
+        ({"offsets": None}, "give either offsets or pooling_factors"),
+        ({"pooling_factors": [1]}, "give either offsets or pooling_factors"),
+        ({"offsets": torch.tensor([0, 2], dtype=torch.int32)}, "offsets must be torch.int64 of rank 1"),
+        ({"offsets": torch.tensor([], dtype=torch.int64)}, "offsets must have 1 * B + 1 values, got 0"),
+        ({"num_features": 2}, "offsets must have 2 * B + 1 values, got 2"),
+        ({"num_features": 0}, "num_features must be at least 1"),
+        ({"offsets": torch.tensor([0, 3])}, "offsets must rise from 0 to 2"),
+        ({"offsets": torch.tensor([1, 2])}, "offsets must rise from 0 to 2"),
+        ({"offsets": torch.tensor([0, 2, 1, 2])}, "offsets must rise from 0 to 2"),
+        ({"offsets": None, "pooling_factors": [3]}, "2 ids are not a multiple of 3"),
+        ({"offsets": None, "pooling_factors": [1, 1]}, "pooling_factors must be 1 numbers of ids"),
+        ({"per_sample_weights": torch.ones(3)}, "per_sample_weights has shape (3,) for 2 ids"),
+        ({"per_sample_weights": torch.ones(2), "mean": [1]}, "go with sum pooling"),
+        ({"weights": torch.ones(4)}, "weights must be floating point of rank 2"),
+        ({"weights": torch.ones((4, 2), dtype=torch.int64)}, "weights must be floating point of rank 2"),
+        ({"features": [1]}, "slot 0: feature 1 is outside [0, 1)"),
+        ({"rows": [5]}, "slot 0: rows 0 to 5 are not within the 4 rows"),
+        ({"mean": []}, "need one value per slot"),
+        ({"index_policy": "wrap"}, "index_policy must be one of error, clamp, modulo, zero, got 'wrap'"),
+    ],
+)
+def test_input_outside_the_contract_is_refused(changes, message):
+    inputs = {
+        "weights": torch.ones(4, 2),
+        "indices": torch.tensor([0, 1]),
+        "offsets": torch.tensor([0, 2]),
+        "per_sample_weights": None,
+        "num_features": 1,
+        "features": [0],
+        "row_starts": [0],
+        "rows": [4],
+        "mean": [0],
+        "pooling_factors": None,
+        "index_policy": "error",
+    }
+    with pytest.raises(BatchError, match=re.escape(message)):
+        bag_op(*{**inputs, **changes}.values())
+
+
+class DenseGradient(torch.autograd.Function):
+    """Identity with a dense gradient, because gradcheck takes no sparse one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to_dense()
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("policy", ["error", "clamp", "modulo", "zero"])
+@pytest.mark.parametrize("pooling", ["weighted", "mixed"])
+def test_gradients_match_finite_differences(slots, policy, pooling):
+    weights, indices, offsets, per_sample = make("uneven", policy, width=2, weighted=pooling == "weighted")
+    slot = SLOTS[slots]
+    attributes = [slot["features"], slot["row_starts"], slot["rows"], [1, 0, 1] if pooling == "mixed" else [0, 0, 0]]
+    ids = torch.from_numpy(indices), torch.from_numpy(offsets)
+    weights = torch.from_numpy(weights).double().requires_grad_()
+    per_sample = None if per_sample is None else torch.from_numpy(per_sample).double().requires_grad_()
+
+    def pool(weights, per_sample=None):
+        return bag_op(DenseGradient.apply(weights), *ids, per_sample, 3, *attributes, None, policy)
+
+    inputs = (weights,) if per_sample is None else (weights, per_sample)
+    assert torch.autograd.gradcheck(pool, inputs)
+
+
+def test_weights_receive_one_sparse_row_per_id_that_was_read():
+    weights = torch.zeros(12, 2, requires_grad=True)
+    ids = torch.tensor([4, 4, 30, 2]), torch.tensor([0, 2, 3, 4])
+    slot = SLOTS["in_order"]
+    bag_op(weights, *ids, None, 3, *slot.values(), [1, 0, 0], None, "zero").sum().backward()
+    assert weights.grad.is_sparse
+    assert not weights.grad.is_coalesced()
+    assert weights.grad._indices().tolist() == [[4, 4, 2]]  # id 30 was dropped; slot 2 reads table a again
+    assert weights.grad._values().tolist() == [[0.5, 0.5], [0.5, 0.5], [1, 1]]
+
+
+@pytest.mark.parametrize("self_interaction", [False, True])
+@pytest.mark.parametrize("shape", [(0, 2, 3), (1, 1, 1), (5, 0, 4), (7, 4, 3)])
+def test_interaction_matches_the_reference(shape, self_interaction):
+    rng = np.random.default_rng(5)
+    dense = rng.normal(size=(shape[0], shape[2])).astype(np.float32)
+    embeddings = rng.normal(size=shape).astype(np.float32)
+    expected = reference.dot_interaction(dense, embeddings, self_interaction=self_interaction)
+    actual = dot_op(torch.from_numpy(dense), torch.from_numpy(embeddings), self_interaction).numpy()
+    assert actual.shape == expected.shape
+    # 4 * 2**-23 * 4 terms of size 9 at most.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("self_interaction", [False, True])
+@pytest.mark.parametrize("slots", [0, 3])
+def test_interaction_gradients_match_finite_differences(self_interaction, slots):
+    torch.manual_seed(6)
+    inputs = torch.randn(2, 3).double().requires_grad_(), torch.randn(2, slots, 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda d, e: dot_op(d, e, self_interaction), inputs)
+
+
+def test_interaction_refuses_shapes_that_do_not_match():
+    for embeddings in (torch.ones(2, 4, 2), torch.ones(3, 4, 3), torch.ones(2, 3), torch.ones(2, 4, 3).double()):
+        with pytest.raises(BatchError, match="do not match"):
+            dot_op(torch.ones(2, 3), embeddings, False)
+
+
+def test_ops_pass_the_checks_of_torch_library():
+    weights, indices, offsets, per_sample = (torch.from_numpy(a) for a in make("uneven", weighted=True))
+    slot = SLOTS["subset_and_repeated"]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        bag_op,
+        (weights.requires_grad_(), indices, offsets, per_sample, 3, *slot.values(), [0] * 3, None, "clamp"),
+        test_utils=checks,
+    )
+    dense, embeddings = torch.ones(2, 3, requires_grad=True), torch.ones(2, 4, 3)
+    torch.library.opcheck(dot_op, (dense, embeddings, True), test_utils=checks)
+
+
+def test_plain_functions_and_custom_ops_are_one_implementation():
+    weights, indices, offsets, _ = (a if a is None else torch.from_numpy(a) for a in make("uneven"))
+    arguments = (weights, indices, offsets, None, 3, *SLOTS["in_order"].values(), [0] * 3, None, "error")
+    assert torch.equal(torch_ops.pool_bags(*arguments), bag_op(*arguments))

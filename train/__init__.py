@@ -1,0 +1,1 @@
+"""A recipe becomes a checkpoint. Imports torch, knows nothing of ONNX."""
