@@ -11,7 +11,7 @@ CPP := $(shell git ls-files 'engines/native/*.cc' 'engines/native/*.h' 'tests/en
 .PHONY: demo test setup build lint format sanitize test-native clean
 
 demo: $(VENV)/ready ## the whole road on MovieLens-100K, into $(OUT)/
-	$(BIN)/dlrm-deploy demo --out $(OUT) --overwrite
+	$(BIN)/dlrm-deploy demo --out $(OUT)
 
 test: $(VENV)/ready ## every test, with coverage of at least 90 %
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90

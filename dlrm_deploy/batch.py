@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,8 +99,8 @@ class Batch:
             feature = config.features[f]
             raise BatchError(
                 f"feature {feature.name!r}, sample {b}: the bag holds {lengths_FB[f, b]} ids, but the model was "
-                f"exported with a fixed pooling factor of {feature.pooling_factor}. Export it without pooling_factor to "
-                "allow bags of any length."
+                f"exported with a fixed pooling factor of {feature.pooling_factor}. Export it without "
+                "pooling_factor to allow bags of any length."
             )
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -162,7 +163,7 @@ class Batch:
         )
 
 
-def _array(name: str, value: object, rank: int, dtypes: tuple[type, ...]) -> npt.NDArray[np.generic]:
+def _array(name: str, value: object, rank: int, dtypes: tuple[type, ...]) -> npt.NDArray[Any]:
     if not isinstance(value, np.ndarray):
         raise BatchError(f"{name} must be a NumPy array, got {type(value).__name__}.")
     if value.dtype not in dtypes:
@@ -175,7 +176,7 @@ def _array(name: str, value: object, rank: int, dtypes: tuple[type, ...]) -> npt
     return np.ascontiguousarray(value)
 
 
-def _check_offsets(offsets: npt.NDArray[np.generic], ids: int, samples: int) -> None:
+def _check_offsets(offsets: npt.NDArray[Any], ids: int, samples: int) -> None:
     if offsets.size == 0 or offsets[0] != 0 or offsets[-1] != ids:
         ends = f"run from {offsets[0]} to {offsets[-1]}" if offsets.size else "are empty"
         raise BatchError(f"offsets must run from 0 to the number of ids, {ids}, but {ends}.")

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dlrm_deploy.errors import OutputError
@@ -25,6 +25,13 @@ def sha256_file(path: Path) -> str:
         while piece := file.read(_CHUNK):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def sha256_folder(folder: Path) -> str:
+    """Hex SHA-256 over the names and hashes of all files of a folder, in the order of their names."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 @contextmanager
@@ -87,7 +94,8 @@ def atomic_file(out: Path) -> Iterator[Path]:
             partial.replace(out)
             _sync_entry(out.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or in no folder: the error that matters is on its way
+            partial.unlink()
 
 
 def _beside(out: Path, kind: str) -> Path:

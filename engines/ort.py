@@ -17,8 +17,7 @@ import onnxruntime as ort
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.engine import Engine, with_index_dtype
-from dlrm_deploy.engines.library import library_path
-from dlrm_deploy.engines.native_library import kernel_path
+from dlrm_deploy.engines.library import kernel_path, library_path
 from dlrm_deploy.errors import BatchError, EngineError
 
 _FATAL = 4  # errors come back as exceptions; ONNX Runtime need not print them as well

@@ -120,7 +120,7 @@ def _write_tables(folder: Path, group: TableGroup, source: Source, progress: Pro
                         f"fit the model's {table.rows} x {table.width}."
                     )
                 file.seek((row_start + first) * group.width * 4)
-                file.write(memoryview(np.ascontiguousarray(chunk, "<f4")).cast("B"))
+                file.write(np.ascontiguousarray(chunk, "<f4").data)
                 seen += len(chunk)
                 progress(chunk.nbytes)
             if seen != table.rows:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from dlrm_deploy.bundle import Golden
 from dlrm_deploy.config import ModelConfig
+from dlrm_deploy.files import sha256_folder
 from dlrm_deploy.model.keys import dense_shapes, table_key
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class CheckpointSource(Source):
         return self._checkpoint.golden()
 
     def provenance(self) -> dict[str, Any]:
-        return {"source": "checkpoint", "checkpoint_sha256": self._checkpoint.sha256()}
+        return {"source": "checkpoint", "checkpoint_sha256": sha256_folder(self._checkpoint.path)}
 
 
 class RandomSource(Source):

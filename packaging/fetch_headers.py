@@ -7,8 +7,8 @@ configure time, before any Python environment exists: hence the standard library
     fetch_headers.py onnxruntime --into build/headers    prints the folder that holds onnxruntime_cxx_api.h
     fetch_headers.py googletest --into build/headers     prints the folder that holds GoogleTest's CMakeLists.txt
 
-Each source is tried in turn: a folder the user names, the system, an earlier fetch, the official release archive, and the
-Debian package. The Debian package comes from the mirrors this machine is already set up for, through a private
+Each source is tried in turn: a folder the user names, the system, an earlier fetch, the official release archive, and
+the Debian package, which comes from the mirrors this machine is already set up for, through a private
 `apt-get` state: nothing is installed, nothing outside `--into` and a temporary folder is written, root is not needed.
 
 Main path: `main` -> `provide` -> one of `_from_release`, `_from_debian`.
@@ -126,8 +126,9 @@ def provide(wanted: ThirdParty, into: Path) -> Path:
     raise FetchError(
         f"{wanted.name} were not found.\n  this machine: no {wanted.required} in {looked}\n"
         + "\n".join(failures)
-        + f"\nDownload them from {_release_url(wanted)} or install the Debian package {wanted.debian_package}, and name the "
-        f"folder that holds {wanted.required}: set {wanted.variable} in the environment, or pass -D{wanted.variable}=FOLDER to CMake."
+        + f"\nDownload them from {_release_url(wanted)} or install the Debian package {wanted.debian_package}, "
+        f"and name the folder that holds {wanted.required}: set {wanted.variable} in the environment, or pass "
+        f"-D{wanted.variable}=FOLDER to CMake."
     )
 
 
@@ -247,9 +248,7 @@ def _one_line_source(line: str) -> dict[str, str] | None:
     return {**fields, "URIs": rest[0], "Suites": rest[1], "Components": " ".join(rest[2:])}
 
 
-def in_suite(
-    sources: list[dict[str, str]], suite: str | None, keyring: Path | None = None
-) -> list[dict[str, str]]:
+def in_suite(sources: list[dict[str, str]], suite: str | None, keyring: Path | None = None) -> list[dict[str, str]]:
     """Point the sources of the main Debian archive at `suite`, drop the others. With None, keep all as they are.
 
     The main archive is told from security, backports and third parties by its component `main` and its suites: a name
@@ -303,9 +302,7 @@ def _user_name() -> str:
 
 def _run(command: list[str], cwd: Path | None = None) -> None:
     try:
-        done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=APT_TIMEOUT_S, check=False
-        )
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=APT_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as err:
         raise FetchError(f"{command[0]}: {err}") from err
     if done.returncode != 0:

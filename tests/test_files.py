@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dlrm_deploy.errors import OutputError
-from dlrm_deploy.files import atomic_file, atomic_folder, sha256_file
+from dlrm_deploy.files import atomic_file, atomic_folder, sha256_file, sha256_folder
 
 
 def test_a_folder_appears_only_when_its_block_ends(tmp_path):
@@ -133,3 +133,15 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256_file(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_the_hash_of_a_folder_changes_with_any_name_or_byte(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a").write_text("x")
+    (tmp_path / "b").write_text("y")
+    before = sha256_folder(tmp_path)
+    assert sha256_folder(tmp_path) == before
+    (tmp_path / "b").write_text("z")
+    altered = sha256_folder(tmp_path)
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert len({before, altered, sha256_folder(tmp_path)}) == 3

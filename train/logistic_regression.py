@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlrm_deploy.data.dataset import Dataset, Schema, Splits
+from dlrm_deploy.config import ModelConfig
+from dlrm_deploy.data.dataset import Dataset, Splits
 from dlrm_deploy.metrics import auc, log_loss
 
 PENALTIES = (3e-6, 1e-5, 3e-5, 1e-4)
@@ -31,10 +32,13 @@ class LogisticRegression:
 
 
 def fit_logistic_regression(
-    schema: Schema, splits: Splits, penalties: Sequence[float] = PENALTIES
+    config: ModelConfig, splits: Splits, penalties: Sequence[float] = PENALTIES
 ) -> LogisticRegression:
-    """Fit one model a penalty on the training split; report the one with the best validation log loss on the test split."""
-    train, validation, test = (_Design(schema, data) for data in (splits.train, splits.validation, splits.test))
+    """Fit one model a penalty on the training split, and score the one with the best validation log loss on test.
+
+    `config` names the features of the data; its layers are not used.
+    """
+    train, validation, test = (_Design(config, data) for data in (splits.train, splits.validation, splits.test))
     best: tuple[float, float, Tensor] | None = None
     weights = torch.zeros(train.columns + 1, dtype=torch.float64)
     for penalty in sorted(penalties, reverse=True):  # each fit starts from the last one's weights
@@ -56,10 +60,9 @@ def fit_logistic_regression(
 class _Design:
     """A split as a sparse matrix [S, columns]: dense values, then one column per id of each feature."""
 
-    def __init__(self, schema: Schema, data: Dataset) -> None:
+    def __init__(self, config: ModelConfig, data: Dataset) -> None:
         batch, labels = data.batch(np.arange(len(data)))
-        features = schema.features
-        rows = [feature.rows for feature in features]
+        features, rows = config.features, config.feature_rows
         samples, dense_columns = batch.dense.shape
         lengths = np.diff(batch.offsets).reshape(len(features), samples)
         counts = lengths.sum(axis=1)

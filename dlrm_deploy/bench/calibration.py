@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from dlrm_deploy.config import ModelConfig
-from dlrm_deploy.engines import native_library
+from dlrm_deploy.engines import library
 
 MILLISECONDS = 30.0
 """Time spent on each of the three loops."""
@@ -49,9 +49,9 @@ def measure_calibration(config: ModelConfig, threads: int) -> Calibration:
     group = max(config.groups, key=lambda group: group.width * sum(config.features[s].longest_bag for s in group.slots))
     row_bytes, gather_bytes = group.bytes // group.rows, min(group.bytes, BUFFER_BYTES)
     return Calibration(
-        fma_gflops=native_library.calibrate_fma(threads, MILLISECONDS),
-        stream_gb_per_s=native_library.calibrate_read(BUFFER_BYTES, threads, MILLISECONDS),
-        gather_gb_per_s=native_library.calibrate_gather(row_bytes, gather_bytes, threads, MILLISECONDS),
+        fma_gflops=library.calibrate_fma(threads, MILLISECONDS),
+        stream_gb_per_s=library.calibrate_read(BUFFER_BYTES, threads, MILLISECONDS),
+        gather_gb_per_s=library.calibrate_gather(row_bytes, gather_bytes, threads, MILLISECONDS),
         row_bytes=row_bytes,
         gather_bytes=gather_bytes,
     )

@@ -53,7 +53,7 @@ class LoadMeter:
         self._began = self._now()
 
     def others(self) -> float | None:
-        """Share of all cores, 0 to 1, that other processes and other virtual machines used; None where it is unknown."""
+        """Share of all cores, 0 to 1, that other processes or virtual machines used; None where it is unknown."""
         began, now = self._began, self._now()
         if began is None or now is None or now[0] <= began[0]:
             return None

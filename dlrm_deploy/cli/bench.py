@@ -89,14 +89,13 @@ def bench(
         _progress(steps(settings)) as progress,
     ):
         report = run_bench(opened, settings, target=target, progress=progress)
-    if plot_path is not None:
-        plot(report, plot_path)
     if as_json:
         click.echo(report.to_json_lines(), nl=False)
-        return
-    print_report(report)
+    else:
+        print_report(report)
     if plot_path is not None:
-        click.echo(f"Picture: {plot_path}")
+        plot(report, plot_path)  # last: a picture that cannot be written costs no results
+        click.echo(f"Picture: {plot_path}", err=True)
 
 
 @contextmanager

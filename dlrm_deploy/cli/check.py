@@ -53,9 +53,10 @@ def _record(bundle: Bundle, report: ParityReport) -> None:
 
 def _print(report: ParityReport) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("case", "samples", "max abs", "max rel", "worst row", "", title=f"{report.engine}, {report.version}")
+    columns = (Column("case", no_wrap=True), "samples", "max abs", "max rel", "worst row", "")
+    table = Table(*columns, title=f"{report.engine}, {report.version}")
     for case in report.cases:
         output = case.output
         numbers = ("", "", "", "")
@@ -63,10 +64,9 @@ def _print(report: ParityReport) -> None:
             worst = "" if output.worst_row is None else str(output.worst_row)
             numbers = (str(output.rows), f"{output.max_abs:.2e}", f"{output.max_rel:.2e}", worst)
         table.add_row(case.name, *numbers, "ok" if case.passed else "FAILED")
-    console = Console()
-    console.print(table)
+    Console().print(table)
     for operator, implementation in report.implementations.items():
-        console.print(f"{operator}: {implementation}", markup=False, highlight=False)
+        click.echo(f"{operator}: {implementation}")
     for case in report.cases:
         if case.problem:
             click.echo(f"{case.name}: {case.problem}")

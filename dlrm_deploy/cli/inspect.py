@@ -103,7 +103,7 @@ def _print(facts: dict[str, Any]) -> None:
     model = facts["model"]
 
     def line(label: str, value: object) -> None:
-        console.print(f"{label:<12} {value}", markup=False)
+        console.print(f"{label:<17} {value}", markup=False, soft_wrap=True)
 
     line("model", model["name"])
     line("dense", f"{len(model['dense_features'])} features: {', '.join(model['dense_features'])}")

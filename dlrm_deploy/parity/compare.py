@@ -67,8 +67,9 @@ def compare(actual: FloatArray, expected: FloatArray, limit: float) -> OutputPar
         )
     finite = np.isfinite(actual) & np.isfinite(expected)
     # Differences of float32 numbers are exact enough in float64 not to add an error of their own.
-    difference = np.abs(actual.astype(np.float64) - expected)[finite]
-    relative = difference / np.maximum(np.abs(expected[finite].astype(np.float64)), np.finfo(np.float32).tiny)
+    compared = expected[finite].astype(np.float64)
+    difference = np.abs(actual[finite] - compared)
+    relative = difference / np.maximum(np.abs(compared), np.finfo(np.float32).tiny)
     worst: int | None = None
     if not finite.all():
         worst = int(np.argmin(finite))

@@ -153,7 +153,7 @@ class _Execution:
         self._sidecar = sidecar
         self._device = cuda.Device()
         try:
-            _check_device(self._device.compute_capability, sidecar)
+            _check_device(self._device.compute_capability, sidecar.compute_capabilities)
             self._runtime: Any = module.Runtime(self._log.logger)
             self._engine: Any = self._runtime.deserialize_cuda_engine(plan.read_bytes())
             if self._engine is None:
@@ -203,9 +203,8 @@ class _Execution:
         self._device.close()
 
 
-def _check_device(capability: str, sidecar: Sidecar) -> None:
-    """Raise if the plan names its GPUs and this one is not among them."""
-    built = sidecar.compute_capabilities
+def _check_device(capability: str, built: tuple[str, ...]) -> None:
+    """Raise if the plan names its GPUs, `built`, and this one is not among them."""
     if not built or capability in built:
         return
     newer = "later" in built and float(capability) > max(float(name) for name in built if name != "later")

@@ -72,7 +72,7 @@ def _narrow(batch: Batch, config: ModelConfig) -> npt.NDArray[np.int32]:
         if config.index_policy == "modulo":
             counts = np.diff(batch.offsets[:: batch.batch_size])
             return (ids % np.repeat(np.array(config.feature_rows, np.int64), counts)).astype(np.int32)
-        ids = np.clip(ids, _INT32.min, _INT32.max)  # as far outside every table as before
+        return np.clip(ids, _INT32.min, _INT32.max).astype(np.int32)  # outside every table, as before
     return ids.astype(np.int32, copy=False)
 
 

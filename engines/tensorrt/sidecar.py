@@ -35,6 +35,18 @@ class Profile:
     batch: tuple[int, int, int]
     ids: tuple[int, int, int]
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "ids"):
+            sizes = tuple(getattr(self, name))
+            rising = (
+                len(sizes) == 3
+                and all(isinstance(size, int) for size in sizes)
+                and 1 <= sizes[0] <= sizes[1] <= sizes[2]
+            )
+            if not rising:
+                raise ConfigError(f"profile {name} must be three rising whole numbers, got {sizes}.")
+            object.__setattr__(self, name, sizes)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanTensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from bundles import CONFIGS
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bench import inputs
@@ -47,9 +48,9 @@ def test_gathered_bytes_counts_ids_times_width_of_their_own_table():
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-@pytest.mark.parametrize("name", ["fixed", "ragged"])
-def test_split_gives_the_same_pieces_as_rows(name, dtype, configs):
-    many = random_batch(configs[name], 12, np.random.default_rng(3), index_dtype=dtype)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_split_gives_the_same_pieces_as_rows(name, dtype):
+    many = random_batch(CONFIGS[name], 12, np.random.default_rng(3), index_dtype=dtype)
     pieces = split(many, 4)
     assert len(pieces) == 3
     for i, piece in enumerate(pieces):
@@ -92,9 +93,9 @@ def test_touching_reads_a_row_in_every_page_of_a_table(rows):
         assert batch.explain_bad_ids(config) is None
 
 
-@pytest.mark.parametrize("name", ["fixed", "ragged"])
-def test_touching_batches_fit_every_form_of_model(name, configs):
-    for batch in touching_batches(configs[name], np.dtype(np.int32)):
-        batch.check_fits(configs[name])
-        assert batch.explain_bad_ids(configs[name]) is None
+@pytest.mark.parametrize("name", CONFIGS)
+def test_touching_batches_fit_every_form_of_model(name):
+    for batch in touching_batches(CONFIGS[name], np.dtype(np.int32)):
+        batch.check_fits(CONFIGS[name])
+        assert batch.explain_bad_ids(CONFIGS[name]) is None
         assert batch.indices.dtype == np.int32

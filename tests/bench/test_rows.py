@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dlrm_deploy.bench.calibration import Calibration
-from dlrm_deploy.bench.rows import BenchReport, BenchRow, Circumstances, NotRun, readable_bytes, summarise
+from dlrm_deploy.bench.rows import readable_bytes, summarise
 
 MS = 1_000_000
 
@@ -55,51 +54,20 @@ def test_readable_bytes(count, text):
     assert readable_bytes(count) == text
 
 
-def report(**circumstances: object) -> BenchReport:
-    calls = rounds([1.0])
-    shared = {
-        "command": "dlrm-deploy bench b",
-        "time": "2026-01-01T00:00:00+00:00",
-        "dlrm_deploy_version": "1",
-        "commit": None,
-        "cpu": "cpu",
-        "threads": 2,
-        "seed": 0,
-        "distribution": "uniform",
-        "rounds": 1,
-        "slice_ms": 1.0,
-        "table_bytes": 64,
-        "reference": "torch",
-        "omp_wait_policy": None,
-        "calibration_missing": None,
-    }
-    row = BenchRow(
-        model="m",
-        engine="torch",
-        engine_version="torch 2",
-        implementations={"DotInteraction": "PyTorch eager"},
-        batch=4,
-        timing=summarise(calls, calls, 4),
-        baseline="torch",
-        max_abs_difference=0.0,
-        distinct_batches=3,
-        other_load=0.0,
-        calibration=Calibration(
-            fma_gflops=200.0, stream_gb_per_s=10.0, gather_gb_per_s=5.0, row_bytes=64, gather_bytes=1024
-        ),
-    )
-    return BenchReport(
-        circumstances=Circumstances(**{**shared, **circumstances}),
-        rows=(row,),
-        not_run=(NotRun(engine="tensorrt", batch=None, reason="no GPU"),),
-    )
-
-
-def test_each_json_line_is_complete_in_itself():
-    measured, not_run = (json.loads(line) for line in report().to_json_lines().splitlines())
-    assert measured["engine"] == "torch"
-    assert measured["samples_per_s"] == pytest.approx(4000)
-    assert measured["calibration"]["gather_gb_per_s"] == 5.0
-    assert (not_run["engine"], not_run["batch"], not_run["not_run"]) == ("tensorrt", None, "no GPU")
-    for line in (measured, not_run):
-        assert (line["command"], line["cpu"], line["threads"]) == ("dlrm-deploy bench b", "cpu", 2)
+def test_each_json_line_is_complete_in_itself(make_report):
+    lines = [json.loads(line) for line in make_report().to_json_lines().splitlines()]
+    assert [(line["engine"], line["batch"]) for line in lines] == [
+        ("torch", 4),
+        ("onnxruntime", 4),
+        ("torch", 64),
+        ("onnxruntime", 64),
+        ("tensorrt", None),
+        ("tensorrt-rtx", 64),
+    ]
+    for line in lines:
+        assert (line["command"], line["cpu"], line["threads"]) == ("dlrm-deploy bench b", "Quick 9000, 8 cores", 2)
+    assert lines[1]["samples_per_s"] == pytest.approx(2000)
+    assert lines[1]["ratio"] == pytest.approx(2)
+    assert lines[1]["calibration"]["gather_gb_per_s"] == 5.0
+    assert lines[4]["not_run"] == "no GPU"
+    assert "samples_per_s" not in lines[4]

@@ -233,6 +233,16 @@ def test_a_value_that_training_does_not_hold_gets_row_0(tmp_path):
     assert bag_of(splits.test, schema, newest, "liked").size == 0
 
 
+@pytest.mark.parametrize("split", ["random", "time"])
+def test_row_0_stands_for_exactly_the_users_and_items_that_training_does_not_hold(tables, split):
+    rows = movielens.split_rows(tables.timestamp, split, 0)
+    _, splits = movielens._features(tables, rows, False)
+    batch, _ = splits.test.batch(np.arange(len(splits.test)))
+    for f, column in enumerate((tables.user, tables.item)):
+        ids = batch.indices[f * len(splits.test) : (f + 1) * len(splits.test)]
+        np.testing.assert_array_equal(ids == 0, ~np.isin(column[rows.test], column[rows.train]))
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_samples_fit_the_model_of_their_schema_and_ids_are_in_range(tables, share):
     rows = movielens.split_rows(tables.timestamp, "time", 0)

@@ -18,7 +18,12 @@ import dlrm_deploy
 from dlrm_deploy.ops.reference import dot_interaction
 
 DOMAIN = "dlrm_deploy"
-IDS = {"int32": TensorProto.INT32, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "uint64": TensorProto.UINT64}
+IDS = {
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+    "float32": TensorProto.FLOAT,
+    "uint64": TensorProto.UINT64,
+}
 
 
 def one_node_model(
@@ -101,7 +106,9 @@ def test_interaction_equals_the_reference(self_interaction, threads):
         dense = rng.standard_normal((batch, 16)).astype(np.float32)
         embeddings = rng.standard_normal((batch, 26, 16)).astype(np.float32)
         inputs = {"dense": dense, "embeddings": embeddings}
-        model = model or session(one_node_model("DotInteraction", inputs, {"self_interaction": self_interaction}), threads)
+        model = model or session(
+            one_node_model("DotInteraction", inputs, {"self_interaction": self_interaction}), threads
+        )
         expected = dot_interaction(dense, embeddings, self_interaction=bool(self_interaction))
         np.testing.assert_allclose(model.run(None, inputs)[0], expected, rtol=0, atol=1e-5)
 

@@ -14,9 +14,14 @@ from dlrm_deploy.ops.reference import dot_interaction
 
 def same_bits(a, b):
     """Equal bit for bit; any NaN equals any NaN."""
-    return a.shape == b.shape and np.array_equal(
-        np.where(np.isnan(a), np.float32(0), a).view(np.int32), np.where(np.isnan(b), np.float32(0), b).view(np.int32)
-    ) and np.array_equal(np.isnan(a), np.isnan(b))
+    return (
+        a.shape == b.shape
+        and np.array_equal(
+            np.where(np.isnan(a), np.float32(0), a).view(np.int32),
+            np.where(np.isnan(b), np.float32(0), b).view(np.int32),
+        )
+        and np.array_equal(np.isnan(a), np.isnan(b))
+    )
 
 
 @pytest.mark.parametrize("case", awkward_bags(), ids=lambda case: case.name)
@@ -70,7 +75,9 @@ def test_the_first_bad_id_is_named_with_feature_sample_position_id_and_range(nat
     case = csr_case("bad", lengths, rows=(5, 3))
     case.indices[[14999, 7001, 9000]] = 99, -8, 5
     for _ in range(3):
-        with pytest.raises(NativeError, match=r"feature 'item', sample 3500, position 1 of its bag: id -8 is outside \[0, 5\)"):
+        with pytest.raises(
+            NativeError, match=r"feature 'item', sample 3500, position 1 of its bag: id -8 is outside \[0, 5\)"
+        ):
             native.embedding_bag(case, path, threads=threads, feature_names="item\ngenre")
 
 

@@ -1,0 +1,152 @@
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from plan_models import ARCHITECTURES, MAX_BAG, awkward_batches, batch_of, expected_scores, small_model, weights_of
+
+from dlrm_deploy.engines.tensorrt.host import plan_feed
+from dlrm_deploy.errors import EngineError
+from dlrm_deploy.export.tensorrt_graph import runnable_on_cpu, table_tensor, write_tensorrt_model
+
+UNITS = {"fp16": 2.0**-11, "bf16": 2.0**-8}
+
+
+class Graph:
+    """A graph for a plan, executed by stock ONNX Runtime."""
+
+    def __init__(self, config, dense, tables, *, precision="fp32", table_inputs=False, max_bag=MAX_BAG):
+        self.config, self.max_bag = config, None if config.pooling_factors else max_bag
+        constants = None if table_inputs else tables
+        self.model = write_tensorrt_model(config, dense, constants, max_bag=max_bag, precision=precision)
+        names = [table_tensor(group.name) for group in config.groups]
+        self.tables = dict(zip(names, tables, strict=True)) if table_inputs else {}
+        options = ort.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 4, 1
+        self.session = ort.InferenceSession(runnable_on_cpu(self.model).SerializeToString(), options)
+
+    def score(self, batch):
+        return self.run(plan_feed(batch, self.config, self.max_bag, 2048))
+
+    def run(self, feed):
+        return self.session.run(None, {**feed, **self.tables})[0]
+
+
+@pytest.mark.parametrize("table_inputs", [False, True], ids=["constants", "inputs"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fp32_graph_scores_awkward_bags_as_the_reference_does(architecture, table_inputs):
+    config = small_model(**ARCHITECTURES[architecture])
+    dense, tables = weights_of(config)
+    graph = Graph(config, dense, tables, table_inputs=table_inputs)
+    for name, batch in awkward_batches(config).items():
+        expected, _ = expected_scores(config, dense, tables, batch)
+        np.testing.assert_allclose(graph.score(batch), expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("precision", UNITS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lower_precision_is_off_by_its_own_roundings_and_no_more(architecture, precision):
+    config = small_model(**ARCHITECTURES[architecture])
+    dense, tables = weights_of(config)
+    graph = Graph(config, dense, tables, precision=precision)
+    for name, batch in awkward_batches(config).items():
+        expected, deviation = expected_scores(config, dense, tables, batch, UNITS[precision])
+        off = np.abs(graph.score(batch) - expected)
+        # Four standard deviations, and what fp32 itself may be off by.
+        assert (off <= 4 * deviation + 1e-6).all(), (name, (off / deviation).max())
+        if batch.batch_size == 37:
+            assert off.max() > 2e-5, name  # it does round: fp32 is off by 1e-6 at most
+
+
+@pytest.mark.parametrize("form", ["csr", "fixed"])
+@pytest.mark.parametrize("policy", ["clamp", "modulo", "zero"])
+def test_ids_out_of_range_follow_the_policy_also_beyond_32_bits(policy, form):
+    config = small_model(policy=policy, factors=(2, 2, 2, 2) if form == "fixed" else None, pooling="mean")
+    dense, tables = weights_of(config)
+    batch = batch_of(config, [[2, 2, 2]] * 4)
+    batch.indices[[0, 3, 7, 9, 12, 23]] = [-1, 50, 2**31 - 1, -(2**31), 2**40 + 1, -(2**50)]
+    expected, _ = expected_scores(config, dense, tables, batch)
+    np.testing.assert_allclose(Graph(config, dense, tables).score(batch), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["csr", "fixed"])
+def test_under_policy_error_the_graph_itself_reads_no_row_outside_a_table(form):
+    factors = (2, 2, 2, 2) if form == "fixed" else None
+    config = small_model(policy="error", factors=factors)
+    dense, tables = weights_of(config)
+    batch = batch_of(config, [[2, 2]] * 4)
+    graph = Graph(config, dense, tables)
+    feed = plan_feed(batch, config, graph.max_bag, 2)
+    batch.indices[[0, 5]] = [10**6, -7]
+    feed["indices"] = batch.indices.astype(np.int32)  # past the host's check
+    clamped, _ = expected_scores(replace(config, index_policy="clamp"), dense, tables, batch)
+    np.testing.assert_allclose(graph.run(feed), clamped, rtol=0, atol=1e-6)
+
+
+def test_a_nan_row_that_padding_reads_stays_out_of_other_bags():
+    config = small_model()
+    dense, tables = weights_of(config)
+    batch = batch_of(config, [[1, 0, 2], [0, 0, 1], [0, 2, 0], [0, 0, 0]])
+    tables[0][batch.indices[0]] = np.nan  # padding reads the first id of the batch
+    scores = Graph(config, dense, tables).score(batch)
+    np.testing.assert_array_equal(np.isnan(scores), [True, False, False])
+
+
+def test_ids_beyond_the_longest_bag_are_not_read():
+    config = small_model(interaction="concat")
+    dense, tables = weights_of(config)
+    long, short = batch_of(config, [[4], [1], [1], [1]]), batch_of(config, [[3], [1], [1], [1]])
+    graph = Graph(config, dense, tables, max_bag=3)
+    short.indices[:3], short.indices[3:] = long.indices[:3], long.indices[4:]
+    object.__setattr__(short, "dense", long.dense)
+    feed = plan_feed(long, config, MAX_BAG, 1)  # a host that does not check
+    np.testing.assert_array_equal(graph.run(feed), graph.score(short))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_graph_is_valid_onnx_of_standard_operators_only(architecture, precision):
+    config = small_model(**ARCHITECTURES[architecture])
+    dense, tables = weights_of(config)
+    model = write_tensorrt_model(config, dense, tables, max_bag=MAX_BAG, precision=precision)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert types["tables_width8"] == onnx.TensorProto.FLOAT
+    assert types["over_arch.model.1.weight"] == onnx.TensorProto.FLOAT
+    island = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}[precision]
+    assert types["dense_arch.model._mlp.0._linear.weight"] == onnx.TensorProto.DataType.Value(island)
+
+
+def test_a_weight_that_fp16_cannot_hold_is_named():
+    config = small_model()
+    dense, tables = weights_of(config)
+    dense["dense_arch.model._mlp.0._linear.weight"][0, 0] = -7e4
+    with pytest.raises(EngineError, match=r"dense_arch.model._mlp.0._linear.weight holds 70000.*--precision bf16"):
+        write_tensorrt_model(config, dense, tables, max_bag=MAX_BAG, precision="fp16")
+    write_tensorrt_model(config, dense, tables, max_bag=MAX_BAG, precision="bf16")
+
+
+def test_tables_that_fit_no_onnx_file_are_refused_as_constants_and_taken_as_inputs():
+    config = small_model(rows=(10**8, 3, 20))
+    dense, _ = weights_of(small_model())
+    with pytest.raises(EngineError, match=r"3\.2 GB cannot be constants.*--tables input"):
+        write_tensorrt_model(config, dense, [np.zeros((0, 8), np.float32)], max_bag=MAX_BAG)
+    model = write_tensorrt_model(config, dense, None, max_bag=MAX_BAG)
+    assert [d.dim_value for d in model.graph.input[3].type.tensor_type.shape.dim] == [100_000_023, 8]
+
+
+def test_more_rows_than_32_bits_number_are_refused():
+    config = small_model(rows=(2**31, 3, 20))
+    with pytest.raises(EngineError, match=r"group width8 has 2147483671 rows.*32 bits"):
+        write_tensorrt_model(config, {}, None, max_bag=MAX_BAG)
+
+
+def test_only_bf16_needs_rewriting_for_the_cpu():
+    config = small_model()
+    dense, tables = weights_of(config)
+    for precision, same in (("fp32", True), ("fp16", True), ("bf16", False)):
+        model = write_tensorrt_model(config, dense, tables, max_bag=MAX_BAG, precision=precision)
+        assert (runnable_on_cpu(model) is model) == same

@@ -1,0 +1,184 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from bundles import CONFIGS, make_bundle
+
+from dlrm_deploy.config import INDEX_POLICIES
+from dlrm_deploy.engines.torch_eager import TorchEngine
+from dlrm_deploy.errors import BatchError, EngineError
+from dlrm_deploy.parity import check
+from dlrm_deploy.parity.check import LEAST_LIMIT, check_parity, derived_limit
+from dlrm_deploy.presets import preset
+
+
+class Faulty(TorchEngine):
+    """The reference with one fault, under the name of another engine."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle, threads, fault):
+        super().__init__(bundle, threads)
+        self._fault = fault
+
+    def predict(self, batch):
+        return self._fault(super().predict, batch)
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """A function that puts a fault into engine `onnxruntime`."""
+    real = check.open_engine
+
+    def install(fault):
+        def open_engine(bundle, name, **options):
+            return Faulty(bundle, 1, fault) if name == "onnxruntime" else real(bundle, name, **options)
+
+        monkeypatch.setattr(check, "open_engine", open_engine)
+
+    return install
+
+
+def failed(report):
+    return [case.name for case in report.cases if not case.passed]
+
+
+def test_stock_onnxruntime_passes_every_case_of_every_model(any_bundle):
+    report = check_parity(any_bundle, "onnxruntime-stock", threads=1)
+    assert failed(report) == []
+    assert report.passed
+    assert report.max_abs <= report.limit == LEAST_LIMIT
+    names = [case.name for case in report.cases]
+    assert [name for name in names if name.endswith("random samples")] == [
+        f"{size} random samples" for size in (0, 1, 2, 37, 2048)
+    ]
+    assert {"golden batch", "ids out of range: refused", "64-bit ids", "32-bit ids", "longest bags"} <= set(names)
+    assert ("all bags empty" in names) == (any_bundle.config.pooling_factors is None)
+    assert report.rows == sum(case.output.rows for case in report.cases if case.output)
+    assert report.reference.startswith("torch ")
+
+
+@pytest.mark.parametrize("policy", INDEX_POLICIES)
+def test_ids_out_of_range_are_checked_under_every_policy(tmp_path, policy):
+    bundle = make_bundle("dot", tmp_path / "bundle", index_policy=policy)
+    report = check_parity(bundle, "onnxruntime-stock", sizes=(2,), threads=1)
+    case = report.cases[1]
+    assert case.name == f"ids out of range: {'refused' if policy == 'error' else policy}"
+    assert case.passed
+    assert (case.output is None) == (policy == "error")
+
+
+def test_a_32_bit_graph_passes_with_ids_of_both_types(tmp_path):
+    report = check_parity(make_bundle("dot", tmp_path / "b", index_dtype="int32"), "onnxruntime-stock", threads=1)
+    assert failed(report) == []
+
+
+def test_a_fault_in_long_bags_is_found_where_it_is(bundle, faulty):
+    def fault(predict, batch):
+        result = predict(batch)
+        if batch.batch_size and (np.diff(batch.offsets) == 5).all():
+            result[2] += np.float32(1e-4)
+        return result
+
+    faulty(fault)
+    report = check_parity(bundle, "onnxruntime", sizes=(3,))
+    assert set(failed(report)) == {"longest bags", "one id repeated", "first and last rows"}
+    assert not report.passed
+    assert report.worst.output.worst_row == 2
+    assert report.max_abs == pytest.approx(1e-4, rel=1e-2)
+    assert report.summary().startswith("FAILED  probability: max abs error 1.0")
+    assert "at row 2 (limit 1.0e-06" in report.summary()
+
+
+def test_nan_fails_and_the_record_stays_valid_json(bundle, faulty):
+    def fault(predict, batch):
+        result = predict(batch)
+        result[1:2] = np.nan
+        return result
+
+    faulty(fault)
+    report = check_parity(bundle, "onnxruntime", sizes=(0, 1, 2))
+    names = [case.name for case in report.cases]
+    assert "2 random samples" in failed(report)
+    assert set(names) - set(failed(report)) == {"ids out of range: refused", "0 random samples", "1 random samples"}
+    record = json.loads(json.dumps(report.record(), allow_nan=False))
+    assert record["passed"] is False
+    assert (record["worst_case"], record["worst_row"]) == ("golden batch", 1)
+
+
+def test_an_error_in_one_case_hides_no_other(bundle, faulty):
+    def fault(predict, batch):
+        if batch.batch_size == 37:
+            raise RuntimeError("a crash inside the library")
+        return predict(batch)
+
+    faulty(fault)
+    report = check_parity(bundle, "onnxruntime")
+    assert failed(report) == ["37 random samples", "64-bit ids", "32-bit ids"]
+    assert report.cases[5].problem == "a crash inside the library"
+    assert report.worst.name == "37 random samples"
+    assert report.record()["failed_cases"] == failed(report)
+
+
+def test_an_engine_that_scores_bad_ids_fails(bundle, faulty):
+    def fault(predict, batch):
+        try:
+            return predict(batch)
+        except BatchError:
+            return np.full(batch.batch_size, 0.5, np.float32)
+
+    faulty(fault)
+    report = check_parity(bundle, "onnxruntime", sizes=(1,))
+    assert failed(report) == ["ids out of range: refused"]
+    assert "onnxruntime scored ids that are out of range" in report.cases[1].problem
+
+
+def test_a_refusal_in_other_words_fails(bundle, faulty):
+    def fault(predict, batch):
+        try:
+            return predict(batch)
+        except BatchError as err:
+            raise BatchError("bad id") from err
+
+    faulty(fault)
+    report = check_parity(bundle, "onnxruntime", sizes=(1,))
+    assert failed(report) == ["ids out of range: refused"]
+    assert "refused with another message: bad id" in report.cases[1].problem
+
+
+def test_an_engine_that_cannot_execute_is_an_error_not_a_failure(bundle, faulty):
+    def fault(predict, batch):
+        if batch.batch_size and batch.explain_bad_ids(bundle.config) is None:
+            raise EngineError("needs a GPU")
+        return predict(batch)
+
+    faulty(fault)
+    with pytest.raises(EngineError, match="needs a GPU"):
+        check_parity(bundle, "onnxruntime")
+
+
+def test_without_torch_the_golden_batch_is_compared_and_the_report_says_so(bundle, monkeypatch):
+    monkeypatch.setattr(check, "missing_package", lambda name: f"no {name}")
+    report = check_parity(bundle, "onnxruntime-stock", threads=1)
+    assert [case.name for case in report.cases] == ["golden batch", "ids out of range: refused"]
+    assert report.passed
+    assert report.limited
+    assert "golden batch only, torch is not installed" in report.summary()
+
+
+def test_another_seed_gives_other_batches_and_the_same_seed_the_same_figures(bundle):
+    first, again, other = (
+        check_parity(bundle, "onnxruntime-stock", sizes=(37,), seed=seed, threads=1) for seed in (1, 1, 2)
+    )
+    facts = [[case.to_dict() for case in report.cases] for report in (first, again, other)]
+    assert facts[0] == facts[1]
+    assert facts[0] != facts[2]
+
+
+def test_the_limit_grows_with_the_width_of_the_layers_and_can_be_given(bundle):
+    assert derived_limit(preset("kaggle")) == LEAST_LIMIT
+    assert derived_limit(preset("mlperf-v2")) == pytest.approx(2.07e-6, rel=0.02)
+    wide = replace(CONFIGS["dot"], bottom_mlp=(40_000, 8))
+    assert derived_limit(wide) == pytest.approx(np.sqrt(40_000) * 2.0**-26, rel=0.01)
+    assert check_parity(bundle, "onnxruntime-stock", sizes=(1,), atol=0.5, threads=1).limit == 0.5
