@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlrm_deploy.bench.rows import BenchReport, BenchRow, readable_bytes
+from dlrm_deploy.bench.rows import QUIET_LOAD, BenchReport, BenchRow, readable_bytes
 from dlrm_deploy.errors import MissingDependencyError
 from dlrm_deploy.files import atomic_file
 
@@ -133,5 +133,8 @@ def _footer(report: BenchReport) -> str:
             f"limits measured in the same rounds: {fma} GFLOP/s fp32 FMA, {stream} GB/s streaming read, "
             f"{gather} GB/s random {calibrations[0].row_bytes}-byte rows"
         )
+    load = max(row.other_load or 0.0 for row in report.rows)
+    if load > QUIET_LOAD:
+        calibrated += f" · doubtful: other processes used up to {load:.0%} of the machine"
     versions = ", ".join(dict.fromkeys(row.engine_version for row in report.rows))
     return f"{shared.cpu} · {versions} · ids {shared.distribution}, seed {shared.seed}\n{calibrated}"

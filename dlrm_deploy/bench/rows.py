@@ -11,6 +11,9 @@ import numpy as np
 from dlrm_deploy.bench.calibration import Calibration
 from dlrm_deploy.bench.measure import Nanoseconds
 
+QUIET_LOAD = 0.1
+"""Share of the machine that other processes may use before numbers are doubtful."""
+
 _NS_PER_MS = 1e6
 
 

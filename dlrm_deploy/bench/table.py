@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from dlrm_deploy.bench.rows import BenchReport, readable_bytes
+from dlrm_deploy.bench.rows import QUIET_LOAD, BenchReport, readable_bytes
 
 SHOWN_DIFFERENCE = 1e-6
 """Outputs of float32 engines differ by rounding; differences above this are pointed out."""
-
-QUIET_LOAD = 0.1
-"""Share of the machine that other processes may use before it is pointed out."""
 
 _LEAST_WIDTH = 100
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -98,7 +99,7 @@ def build_plan(
     table_inputs = tables == "input" or (tables == "auto" and config.table_bytes > CONSTANT_TABLE_BYTES)
     bag = None if config.pooling_factors else max_bag or max(feature.longest_bag for feature in config.features)
     profile = make_profile(config, max_batch, bag)
-    model = _write_graph(bundle, precision, bag, table_inputs)
+    model = _write_graph(bundle, engine, precision, bag, table_inputs)
     with tempfile.TemporaryDirectory(prefix="dlrm-deploy-build-") as name:
         folder = Path(name)
         with output_errors(folder):
@@ -123,7 +124,7 @@ def build_plan(
             tensors=_tensors(model, result["tensors"]),
             table_inputs=_table_inputs(bundle) if table_inputs else (),
             builder=result["builder"],
-            layers=tuple(PlanLayer(**layer) for layer in result["layers"]),
+            layers=tuple(PlanLayer(**{**layer, "reads": tuple(layer["reads"])}) for layer in result["layers"]),
             memory=result["memory"],
             graph=graph,
             executed=False,
@@ -155,12 +156,14 @@ def make_profile(config: ModelConfig, max_batch: int, max_bag: int | None) -> Pr
     return Profile(batch=(1, best, max_batch), ids=ids)
 
 
-def _write_graph(bundle: Bundle, precision: Precision, max_bag: int | None, table_inputs: bool) -> onnx.ModelProto:
+def _write_graph(
+    bundle: Bundle, engine: str, precision: Precision, max_bag: int | None, table_inputs: bool
+) -> onnx.ModelProto:
     try:
         from dlrm_deploy.export.tensorrt_graph import write_tensorrt_model
     except ImportError as err:
         raise MissingDependencyError(
-            "building a plan needs the package onnx. Install it with `pip install 'dlrm-deploy[export]'`."
+            f"building a plan needs the package onnx. Install it with `pip install 'dlrm-deploy[{engine}]'`."
         ) from err
     return write_tensorrt_model(
         bundle.config,
@@ -313,6 +316,7 @@ def _store(bundle: Bundle, plan: Path, stem: str, sidecar: Sidecar) -> PlanRecor
         bundle.add_plan(record)
     except BaseException:
         for name in written:
-            (bundle.path / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                (bundle.path / name).unlink()
         raise
     return record

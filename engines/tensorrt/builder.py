@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,18 +53,17 @@ def build(module: ModuleType, model: Path, profile: dict[str, list[list[int]]], 
         raise EngineError(f"cannot build the graph: {log.errors()}")
     plan.write_bytes(serialized)
     texts = [text for _, text in log.messages]
+    inputs = [_tensor(network.get_input(i)) for i in range(network.num_inputs)]
+    layers = read_layers(texts, {tensor["name"] for tensor in inputs})
     return {
         "library_version": module.__version__,
-        "tensors": [
-            *(_tensor(network.get_input(i)) for i in range(network.num_inputs)),
-            *(_tensor(network.get_output(i)) for i in range(network.num_outputs)),
-        ],
+        "tensors": [*inputs, *(_tensor(network.get_output(i)) for i in range(network.num_outputs))],
         "builder": {
-            "flags": sorted(name for name, flag in _members(module.BuilderFlag) if config.get_flag(flag)),
+            "flags": sorted(name for name, flag in module.BuilderFlag.__members__.items() if config.get_flag(flag)),
             "network_flags": network_flags,
             "optimization_level": int(config.builder_optimization_level),
         },
-        "layers": [{"name": layer.name, "type": layer.type} for layer in read_layers(texts)],
+        "layers": [asdict(layer) for layer in layers],
         "memory": read_memory(texts),
     }
 
@@ -74,7 +74,3 @@ def _tensor(tensor: Any) -> dict[str, Any]:
         "dtype": _DTYPES.get(tensor.dtype.name, tensor.dtype.name),
         "shape": [int(size) for size in tensor.shape],
     }
-
-
-def _members(flags: Any) -> list[tuple[str, Any]]:
-    return list(flags.__members__.items())

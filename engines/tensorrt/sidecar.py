@@ -141,7 +141,8 @@ class Sidecar:
             tensors = many(PlanTensor, values.get("tensors", ()))
             values["tensors"] = tuple(replace(tensor, shape=tuple(tensor.shape)) for tensor in tensors)
             values["table_inputs"] = many(TableInput, values.get("table_inputs", ()))
-            values["layers"] = many(PlanLayer, values.get("layers", ()))
+            layers = many(PlanLayer, values.get("layers", ()))
+            values["layers"] = tuple(replace(layer, reads=tuple(layer.reads)) for layer in layers)
             values["compute_capabilities"] = tuple(values.get("compute_capabilities", ()))
             return from_mapping(cls, values, where)
         except (ConfigError, TypeError, AttributeError) as err:

@@ -55,6 +55,14 @@ def test_the_picture_states_model_threads_cpu_and_calibration(make_report, tmp_p
     assert any("not calibrated" in text.get_text() for text in drawn[1].texts)
 
 
+def test_the_picture_says_when_the_machine_was_not_quiet(make_report, tmp_path, drawn):
+    for load in (0.05, 0.4):
+        plot(make_report(other_load=load), tmp_path / "out.png")
+    quiet, busy = (" ".join(text.get_text() for text in figure.texts) for figure in drawn)
+    assert "doubtful" not in quiet
+    assert "doubtful: other processes used up to 40% of the machine" in busy
+
+
 def test_the_file_is_a_png_and_nothing_is_left_beside_it(make_report, tmp_path):
     plot(make_report(), tmp_path / "out.png")
     assert imread(tmp_path / "out.png").shape[2] == 4

@@ -90,7 +90,8 @@ def test_both_formats_of_apt_sources_are_read_without_disabled_and_source_entrie
     (tmp_path / "sources.list.d/a.sources").write_text(
         "Types: deb deb-src\nURIs: http://mirror.test/debian\nSuites: bookworm bookworm-updates\nComponents: main\n"
         "Signed-By:\n -----BEGIN-----\n .\n\n"
-        "Enabled: no\nTypes: deb\nURIs: http://off.test\nSuites: x\n\nTypes: deb-src\nURIs: http://src.test\nSuites: x\n"
+        "Enabled: no\nTypes: deb\nURIs: http://off.test\nSuites: x\n\n"
+        "Types: deb-src\nURIs: http://src.test\nSuites: x\n"
     )
     deb822, one_line = fetch.read_sources(tmp_path)
     assert deb822["Types"] == "deb"

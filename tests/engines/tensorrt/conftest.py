@@ -1,5 +1,7 @@
 """Bundles for the tests of plans, and stand-ins for NVIDIA's library and driver."""
 
+# ruff: noqa: N802 - the driver's functions have the driver's names
+
 import ctypes
 import shutil
 import sys

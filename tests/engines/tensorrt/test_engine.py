@@ -1,4 +1,7 @@
-"""Opening and executing plans. The stand-in library executes on host memory: it shows that our side is right, not NVIDIA's."""
+"""Opening and executing plans.
+
+The stand-in library executes on host memory: it shows that our side is right, not NVIDIA's.
+"""
 
 import json
 from dataclasses import replace
@@ -153,9 +156,7 @@ def test_a_plan_runs_only_on_the_gpus_it_names(capability, runs):
 
 @pytest.mark.parametrize("tables", ["constant", "input"])
 @pytest.mark.parametrize("architecture", ["dot", "dot_weighted", "dot_fixed_mixed_mean", "concat_two_widths"])
-def test_our_side_of_executing_gives_the_reference_scores(
-    make_bundle, fake_tensorrt, fake_driver, architecture, tables
-):
+def test_our_side_gives_the_reference_scores(make_bundle, fake_tensorrt, fake_driver, architecture, tables):
     bundle = make_bundle(**ARCHITECTURES[architecture])
     build_plan(bundle, "tensorrt", max_batch=40, tables=tables)
     reference = TorchEngine(bundle, 1)

@@ -122,7 +122,7 @@ class Builder:
             return None
         self.logger.log(
             _Severity("VERBOSE"),
-            "Layers:\nName: all, LayerType: kgen, Inputs: [], Outputs: [], Metadata: \n",
+            "Layers:\nName: all, LayerType: kgen, Inputs: [], Constants: [], Outputs: [], Metadata: \n",
         )
         return _MAGIC + repr(dict(config.profiles[0])).encode() + b"\n" + network.model.SerializeToString()
 
@@ -151,9 +151,8 @@ class _Context:
     def __init__(self, engine):
         self.engine = engine
         self.session = ort.InferenceSession(engine.model, providers=["CPUExecutionProvider"])
-        self.inputs = {
-            i.name: (i.shape, np.float32 if "float" in i.type else np.int32) for i in self.session.get_inputs()
-        }
+        dtypes = {"tensor(float)": np.float32, "tensor(int32)": np.int32}
+        self.inputs = {i.name: (i.shape, dtypes[i.type]) for i in self.session.get_inputs()}
         self.shapes, self.addresses = {}, {}
 
     def set_input_shape(self, name, shape):
