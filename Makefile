@@ -44,7 +44,7 @@ test-native: ## C++ kernel tests
 	ctest --test-dir build/native --output-on-failure
 
 sanitize: ## C++ kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDLRM_DEPLOY_BUILD_TESTS=ON -DDLRM_DEPLOY_SANITIZE=ON
+	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDLRM_DEPLOY_BUILD_TESTS=ON -DDLRM_DEPLOY_SANITIZE=ON -DDLRM_DEPLOY_WERROR=ON
 	cmake --build build/sanitize --parallel 2
 	ctest --test-dir build/sanitize --output-on-failure
 

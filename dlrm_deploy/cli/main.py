@@ -21,6 +21,9 @@ _COMMANDS = {
     "inspect": ("dlrm_deploy.cli.inspect:inspect", "Show what is in a bundle and verify its hashes."),
 }
 
+# The extra that brings each package which only some commands need.
+_EXTRAS = {"torch": "train", "tensorboard": "train", "onnx": "export", "matplotlib": "bench"}
+
 
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -43,6 +46,16 @@ class _Lazy(click.Group):
         except DlrmDeployError as err:
             click.echo(f"Error: {err}", err=True)
             ctx.exit(err.exit_code)
+        except ModuleNotFoundError as err:
+            extra = _EXTRAS.get((err.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            click.echo(
+                f"Error: this needs the package {err.name}, which is not installed. Install it with "
+                f"`pip install 'dlrm-deploy[{extra}]'`.",
+                err=True,
+            )
+            ctx.exit(DlrmDeployError.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted. Nothing half-written was left behind.", err=True)
             ctx.exit(130)

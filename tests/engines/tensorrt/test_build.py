@@ -54,11 +54,8 @@ def test_rtx_builds_a_plan_without_a_gpu_and_the_sidecar_says_what_it_is(make_bu
     assert len(sidecar.layers) > 0
     assert sidecar.memory["weights_bytes"] > 0
     roles = [tensor.role for tensor in sidecar.tensors]
-    assert (
-        roles.count("table")
-        == len(sidecar.table_inputs)
-        == (len(bundle.manifest.table_groups) if tables == "input" else 0)
-    )
+    groups = len(bundle.manifest.table_groups)
+    assert roles.count("table") == len(sidecar.table_inputs) == (groups if tables == "input" else 0)
     assert {tensor.dtype for tensor in sidecar.tensors if tensor.role in ("indices", "offsets")} == {"int32"}
     assert all(opened.manifest.files[t.file].sha256 == t.sha256 for t in sidecar.table_inputs)
 

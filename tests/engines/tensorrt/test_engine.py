@@ -209,6 +209,20 @@ def test_a_plan_for_another_gpu_is_refused_before_it_is_loaded(make_bundle, fake
     assert (fake_driver.memory, fake_driver.contexts) == ({}, 0)
 
 
+def test_a_plan_that_the_library_does_not_load_is_an_error_with_its_reason(make_bundle, fake_tensorrt, fake_driver):
+    bundle = make_bundle()
+    record = build_plan(bundle, "tensorrt").record
+    (bundle.path / record.plan).write_bytes(b"not a plan")
+    rehash(bundle, record.plan)
+    edit_sidecar(bundle, plan={"file": record.plan, "size": 10, "sha256": sha256_file(bundle.path / record.plan)})
+    with (
+        open_engine(bundle, "tensorrt") as engine,
+        pytest.raises(EngineError, match="cannot be loaded on this GPU: magic number does not match"),
+    ):
+        engine.predict(batch_of(bundle.config, [[1]] * 4))
+    assert (fake_driver.memory, fake_driver.contexts) == ({}, 0)
+
+
 # With a GPU
 
 

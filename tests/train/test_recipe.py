@@ -1,0 +1,92 @@
+"""Recipes: every wrong key and value is named; TOML comes back as it went."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dlrm_deploy.errors import ConfigError
+from dlrm_deploy.train.recipe import Recipe
+
+RECIPES = Path(__file__).parents[2] / "train" / "recipes"
+LAYERS = {"name": "m", "width": 4, "bottom_mlp": [4], "top_mlp": [1]}
+GOOD = {
+    "model": {"preset": "kaggle", "scale_rows": 0.001},
+    "data": {"kind": "random", "size": 100},
+    "train": {"batch_size": 10, "epochs": 2},
+}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_come_back_from_toml(path, tmp_path):
+    recipe = Recipe.read(path)
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    assert Recipe.read(tmp_path / "recipe.toml") == recipe
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path):
+    (tmp_path / "r.toml").write_text(
+        '[model]\nname = "m"\nwidth = 4\nbottom_mlp = [4]\ntop_mlp = [1]\n[data]\nkind = "movielens"\npath = "ml"\n'
+        "[train]\nbatch_size = 1\nsteps = 1\n"
+    )
+    assert Recipe.read(tmp_path / "r.toml").data.path == str(tmp_path / "ml")
+    (tmp_path / "r.toml").write_text(
+        '[model]\nfile = "m.json"\n[data]\nkind = "random"\nsize = 1\n[train]\nbatch_size = 1\nsteps = 1\n'
+    )
+    assert Recipe.read(tmp_path / "r.toml").model.file == str(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("model", {}, "[model] needs one of: preset, file, or layers (name, width"),
+        ("model", {"preset": "kaggle", "file": "x"}, "[model] needs one of"),
+        ("model", {"preset": "kaggle", "width": 4}, "[model] needs one of"),
+        ("model", {"name": "m", "width": 4}, "[model] missing key bottom_mlp, top_mlp"),
+        ("model", {"file": "x", "scale_rows": 0.5}, "scale_rows goes with preset"),
+        ("model", {"preset": "kaggle", "scale_rows": 0}, "scale_rows must be a number above 0, got 0"),
+        ("model", {**LAYERS, "top_mlp": 1}, "[model] top_mlp must be a list, got 1"),
+        ("model", {"presets": "kaggle"}, "[model]: unknown key presets. Known keys: preset, scale_rows"),
+        ("data", {}, "[data]: kind must be one of movielens, random, got None"),
+        ("data", {"kind": "criteo"}, "kind must be one of movielens, random, got 'criteo'"),
+        ("data", "movielens", "got 'movielens'"),
+        ("data", {"kind": "random"}, "[data]: missing key size"),
+        ("data", {"kind": "random", "size": 0}, "[data] size must be a whole number of at least 1, got 0"),
+        ("data", {"kind": "random", "size": 1, "distribution": "x"}, "distribution must be one of uniform"),
+        ("data", {"kind": "movielens", "split": "x"}, "split must be random or time, got 'x'"),
+        ("data", {"kind": "movielens", "path": ""}, "[data] path must be a text, got ''"),
+        ("data", {"kind": "movielens", "size": 1}, "unknown key size"),
+        ("optimizer", {"mlp": "adam"}, "[optimizer] mlp must be adagrad or sgd, got 'adam'"),
+        ("optimizer", {"mlp_lr": 0}, "[optimizer] mlp_lr must be a number above 0, got 0"),
+        ("optimizer", {"table_weight_decay": -1.0}, "table_weight_decay must be a number of at least 0, got -1.0"),
+        ("optimizer", {"table_lr": float("nan")}, "table_lr must be a number above 0, got nan"),
+        ("optimizer", {"eps": "x"}, "eps must be a number above 0, got 'x'"),
+        ("train", {"batch_size": 10}, "[train] needs one of: epochs, steps"),
+        ("train", {"batch_size": 10, "epochs": 1, "steps": 1}, "[train] needs one of: epochs, steps"),
+        ("train", {"batch_size": 0, "epochs": 1}, "batch_size must be a whole number of at least 1, got 0"),
+        ("train", {"batch_size": 1, "epochs": 1.5}, "epochs must be a whole number of at least 1, got 1.5"),
+        ("train", {"batch_size": 1, "epochs": 1, "threads": 0}, "threads must be a whole number"),
+        ("train", {"batch_size": 1, "epochs": 1, "seed": -1}, "seed must be a whole number of at least 0"),
+        ("train", {"epochs": 1}, "[train]: missing key batch_size"),
+        ("other", {}, "unknown key other. Known keys: model, data, train, optimizer"),
+    ],
+)
+def test_wrong_recipes_are_refused(section, values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Recipe.from_dict({**GOOD, section: values})
+
+
+def test_model_and_data_that_do_not_go_together_are_refused():
+    movielens = {"kind": "movielens"}
+    with pytest.raises(ConfigError, match="a preset or file brings features of its own"):
+        Recipe.from_dict({**GOOD, "data": movielens}).load()
+    with pytest.raises(ConfigError, match="random data has no features of its own"):
+        Recipe.from_dict({**GOOD, "model": LAYERS}).load()
+
+
+def test_unreadable_recipe_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read .*none\.toml"):
+        Recipe.read(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[model\n")
+    with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML"):
+        Recipe.read(tmp_path / "bad.toml")
