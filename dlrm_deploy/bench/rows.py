@@ -22,7 +22,8 @@ class Timing:
     """How fast one engine was at one batch size."""
 
     median_ms: float
-    """Median over rounds of the mean time per call: throughput and ratios come from it."""
+    """Median over rounds of the median time per call: throughput and ratios come from it. Not the mean: one call that
+    the machine's other work holds up for 100 ms would decide it; `p99_ms` shows such calls."""
 
     p50_ms: float
     """Median over all calls."""
@@ -33,7 +34,7 @@ class Timing:
     samples_per_s: float
     calls: int
     ratio: float
-    """Times as fast as the baseline: median over rounds of (baseline's mean time per call / this engine's)."""
+    """Times as fast as the baseline: median over rounds of (baseline's median time per call / this engine's)."""
 
     ratio_min: float
     """The same for the round least favourable to this engine."""
@@ -43,11 +44,11 @@ class Timing:
 
 def summarise(rounds: Sequence[Nanoseconds], baseline: Sequence[Nanoseconds], batch_size: int) -> Timing:
     """Condense the calls of one engine; the baseline's rounds are the same rounds."""
-    means_ms = np.array([calls.mean() for calls in rounds]) / _NS_PER_MS
-    baseline_ms = np.array([calls.mean() for calls in baseline]) / _NS_PER_MS
+    medians_ms = np.array([np.median(calls) for calls in rounds]) / _NS_PER_MS
+    baseline_ms = np.array([np.median(calls) for calls in baseline]) / _NS_PER_MS
     all_ms = np.concatenate(rounds) / _NS_PER_MS
-    ratios = baseline_ms / means_ms
-    median_ms = float(np.median(means_ms))
+    ratios = baseline_ms / medians_ms
+    median_ms = float(np.median(medians_ms))
     return Timing(
         median_ms=median_ms,
         p50_ms=float(np.median(all_ms)),
