@@ -1,0 +1,58 @@
+"""Peak memory of an export, measured in a process of its own: tables pass through, they are never held twice."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dlrm_deploy.checkpoint import save_checkpoint
+from dlrm_deploy.config import ModelConfig, TableConfig
+from dlrm_deploy.model.dlrm import DLRM
+
+ROWS, WIDTH = 4_000_000, 16
+TABLE_BYTES = ROWS * WIDTH * 4  # 256 MB, one group
+
+EXPORT = """
+import resource, sys
+from pathlib import Path
+import numpy, onnx, torch
+import dlrm_deploy.engines.torch_eager
+from dlrm_deploy.checkpoint import Checkpoint
+from dlrm_deploy.export.bundle import export_bundle
+from dlrm_deploy.export.sources import CheckpointSource, RandomSource
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+source = CheckpointSource(Checkpoint.open(Path(sys.argv[1])))
+if sys.argv[3] == "random":
+    source = RandomSource(source.config)
+before = peak()
+export_bundle(source, Path(sys.argv[2]))
+print(peak() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    config = ModelConfig.from_dict(
+        {
+            "name": "large",
+            "dense_features": ["d"],
+            "bottom_mlp": [WIDTH],
+            "top_mlp": [1],
+            "tables": [{"name": "t", "rows": ROWS, "width": WIDTH}],
+        }
+    )
+    assert config.tables == (TableConfig(name="t", rows=ROWS, width=WIDTH),)
+    path = tmp_path_factory.mktemp("memory") / "checkpoint"
+    save_checkpoint(path, config=config, tensors=DLRM(config).named_tensors(), optimizer={}, trainer_state={})
+    return path
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "random"])
+def test_an_export_stays_below_the_size_of_its_largest_table_group_and_a_third(checkpoint, tmp_path, source):
+    arguments = [str(checkpoint), str(tmp_path / "bundle"), source]
+    result = subprocess.run([sys.executable, "-c", EXPORT, *arguments], capture_output=True, text=True, check=True)
+    assert (tmp_path / "bundle" / "tables" / "width16.bin").stat().st_size == TABLE_BYTES
+    assert int(result.stdout) < 1.3 * TABLE_BYTES
