@@ -51,24 +51,16 @@ def test_a_missing_package_names_the_extra_that_brings_it(tmp_path, package, arg
     assert not (tmp_path / "out").exists()
 
 
+# A shell that runs tests in the background has children ignore Ctrl-C, and Python then leaves it ignored.
+LISTENING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+
+
 def export_process(out):
     """An export of 860 MB of random tables: long enough to be interrupted."""
+    code = LISTENING + "from dlrm_deploy.cli.main import main; main()"
+    arguments = ["export", "--preset", "kaggle", "--scale-rows", "0.4", "--out", str(out)]
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "dlrm_deploy.cli.main",
-            "export",
-            "--preset",
-            "kaggle",
-            "--scale-rows",
-            "0.4",
-            "--out",
-            out,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
