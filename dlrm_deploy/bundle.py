@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.config import ModelConfig, from_mapping
 from dlrm_deploy.errors import BundleError, ConfigError, DlrmDeployError
-from dlrm_deploy.files import atomic_file, sha256_file
+from dlrm_deploy.files import atomic_file, locked, output_errors, sha256_file
 
 FORMAT = "dlrm-deploy bundle"
 FORMAT_VERSION = 1
@@ -102,7 +103,7 @@ class Manifest:
     def to_json(self) -> str:
         plain = asdict(self)
         plain["model"] = self.model.to_dict()
-        return json.dumps({"format": FORMAT, **plain}, indent=2) + "\n"
+        return json.dumps({"format": FORMAT, **plain}, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
@@ -136,12 +137,17 @@ class Manifest:
                 name: from_mapping(FileRecord, v, f"{where}, files") for name, v in values.get("files", {}).items()
             }
             manifest = from_mapping(cls, values, where)
-        except (ConfigError, TypeError, AttributeError) as err:
+            manifest._check(where)
+        # What a value of another type than expected leads to; every field is looked at in there.
+        except (ConfigError, TypeError, ValueError, AttributeError, KeyError, StopIteration) as err:
             raise BundleError(f"{where} is damaged: {err} Export the bundle again.") from err
-        manifest._check(where)
         return manifest
 
     def _check(self, where: str) -> None:
+        if self.index_dtype not in (np.int32, np.int64):
+            raise BundleError(f"{where} is damaged: indices are {self.index_dtype}. Export the bundle again.")
+        for record in (*self.files.values(), *self.plans, *self.table_groups, *self.inputs, *self.outputs):
+            _check_types(record, where)
         for name in self.files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
@@ -166,6 +172,15 @@ class Manifest:
                     f"{where} is damaged: {record.file} is listed as {record.rows} x {record.width} in {size} bytes, "
                     f"but the model needs {group.rows} x {group.width} in {group.bytes} bytes. Export the bundle again."
                 )
+
+
+def _check_types(record: object, where: str) -> None:
+    """Texts and whole numbers are what their field says; other fields are built from checked values."""
+    for field_ in fields(record):  # type: ignore[arg-type]  # a dataclass
+        value = getattr(record, field_.name)
+        expected = {"str": str, "int": int}.get(str(field_.type))
+        if expected is not None and not isinstance(value, expected):
+            raise BundleError(f"{where} is damaged: {field_.name} is {value!r}. Export the bundle again.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,10 +328,11 @@ class Bundle:
             name: FileRecord(size=(self.path / name).stat().st_size, sha256=sha256_file(self.path / name))
             for name in (record.plan, record.sidecar)
         }
-        replaced = [old for old in self.manifest.plans if old.engine == record.engine]
-        dropped = {name for old in replaced for name in (old.plan, old.sidecar)} - set(added)
+        dropped: set[str] = set()
 
         def change(manifest: Manifest) -> Manifest:
+            replaced = [old for old in manifest.plans if old.engine == record.engine]
+            dropped.update({name for old in replaced for name in (old.plan, old.sidecar)} - set(added))
             files = {name: file for name, file in manifest.files.items() if name not in dropped}
             plans = tuple(old for old in manifest.plans if old.engine != record.engine)
             return replace(manifest, files={**files, **added}, plans=(*plans, record))
@@ -326,9 +342,12 @@ class Bundle:
             (self.path / name).unlink(missing_ok=True)
 
     def _update(self, change: Callable[[Manifest], Manifest]) -> None:
-        self.manifest = change(self.manifest)
-        with atomic_file(self.path / MANIFEST) as temporary:
-            temporary.write_text(self.manifest.to_json(), encoding="utf-8")
+        """Change the manifest as it is on disk now: another process may have changed it since it was opened."""
+        with output_errors(self.path), locked(self.path):
+            manifest = change(Bundle.unverified(self.path).manifest)
+            with atomic_file(self.path / MANIFEST) as temporary:
+                temporary.write_text(manifest.to_json(), encoding="utf-8")
+        self.manifest = manifest
 
 
 def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -336,5 +355,6 @@ def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as err:
+    # zipfile says RuntimeError and NotImplementedError of what it takes for encrypted or of another compression.
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as err:
         raise BundleError(f"cannot read {path}: {err}.") from err

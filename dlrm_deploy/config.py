@@ -20,10 +20,16 @@ from dlrm_deploy.errors import ConfigError
 Pooling = Literal["sum", "mean"]
 Interaction = Literal["dot", "concat", "dcn"]
 IndexPolicy = Literal["error", "clamp", "modulo", "zero"]
+Precision = Literal["fp32", "fp16", "bf16"]
+"""Number format of a plan's MLPs and interaction. Tables, the last layer and the sigmoid stay fp32."""
 
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 INTERACTIONS: tuple[str, ...] = get_args(Interaction)
 INDEX_POLICIES: tuple[str, ...] = get_args(IndexPolicy)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+MAX_VALUES = 1 << 50
+"""Most values of a table, 4 PiB in float32: row addresses, in bytes and in 64 bits, are far from overflowing."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 T = TypeVar("T")
@@ -37,6 +43,12 @@ def _check_name(kind: str, name: object) -> None:
 def _check_int(owner: str, field: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{owner}: {field} must be a whole number of at least {least}, got {value!r}.")
+
+
+def check_bool(owner: str, field: str, value: object) -> None:
+    """Raise `ConfigError` for anything but true and false: a text such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{owner}: {field} must be true or false, got {value!r}.")
 
 
 def _check_choice(owner: str, field: str, value: object, choices: tuple[str, ...]) -> None:
@@ -61,6 +73,8 @@ class TableConfig:
         _check_name("table", self.name)
         _check_int(f"table {self.name!r}", "rows", self.rows, 1)
         _check_int(f"table {self.name!r}", "width", self.width, 1)
+        if self.rows * self.width > MAX_VALUES:
+            raise ConfigError(f"table {self.name!r}: {self.rows} x {self.width} values are more than any disk holds.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,6 +199,7 @@ class ModelConfig:
             raise ConfigError(f"model {self.name!r}: top_mlp must end in 1 (one logit), got {self.top_mlp[-1]}.")
         self._check_interaction()
         _check_choice(f"model {self.name!r}", "index_policy", self.index_policy, INDEX_POLICIES)
+        check_bool(f"model {self.name!r}", "weighted", self.weighted)
         if self.weighted and any(feature.pooling == "mean" for feature in self.features):
             raise ConfigError(f"model {self.name!r}: per-sample weights go with sum pooling, not mean.")
 
@@ -203,6 +218,7 @@ class ModelConfig:
     def _check_interaction(self) -> None:
         owner = f"model {self.name!r}"
         _check_choice(owner, "interaction", self.interaction, INTERACTIONS)
+        check_bool(owner, "self_interaction", self.self_interaction)
         if self.interaction == "dot":
             for table in self.tables:
                 if table.width != self.bottom_mlp[-1]:

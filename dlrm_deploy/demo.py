@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlrm_deploy.errors import MissingDependencyError, OutputError
+from dlrm_deploy.errors import ConfigError, MissingDependencyError, OutputError
 from dlrm_deploy.files import atomic_file, output_errors
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ def run_demo(out: Path, say: Say, reporter: Reporter, data: Path | None = None, 
     if recipe is None:
         recipe = Recipe.read(Path(str(files("dlrm_deploy.train") / "recipes" / "movielens.toml")))
     if data is not None:
-        recipe = replace(recipe, data=MovieLensData(path=str(data.resolve())))
+        if not isinstance(recipe.data, MovieLensData):
+            raise ConfigError("--data goes with a recipe for MovieLens.")
+        recipe = replace(recipe, data=replace(recipe.data, path=str(data.resolve())))
     report = Report()
 
     @contextmanager

@@ -6,6 +6,7 @@ Everything is made beside its place and renamed. A process killed half-way leave
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -57,28 +58,47 @@ def atomic_folder(out: Path, overwrite: bool = False, marker: str = "manifest.js
     Raises:
         OutputError: `out` exists, or cannot be written.
     """
-    if out.exists() or out.is_symlink():
-        if not overwrite:
-            raise OutputError(f"{out} exists already. Choose another --out, or add --overwrite to replace it.")
-        if not (out / marker).is_file():
-            raise OutputError(f"{out} exists and holds no {marker}, so it is not replaced. Choose another --out.")
     with output_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
+    _check_free(out, overwrite, marker)
+    with output_errors(out):
         partial = _beside(out, "partial")
         partial.mkdir()
     try:
         with output_errors(out):
             yield partial
             _sync(partial)
+            _check_free(out, overwrite, marker)  # somebody else may have been quicker
             old = _beside(out, "old")
-            if out.exists():
+            if overwrite and out.exists():
                 out.rename(old)
-            partial.rename(out)
+            partial.rename(out)  # refused by the system where a folder with content is in the way
             shutil.rmtree(old, ignore_errors=True)
             _sync_entry(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_free(out: Path, overwrite: bool, marker: str) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise OutputError(f"{out} exists already. Choose another --out, or add --overwrite to replace it.")
+    if not (out / marker).is_file():
+        raise OutputError(f"{out} exists and holds no {marker}, so it is not replaced. Choose another --out.")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for changes that must not cross those of another process; waits for its turn."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: as good as without this
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -81,7 +81,8 @@ def embedding_bag_function(attributes: BagAttributes, overload: str) -> onnx.Fun
     else:
         pool_fixed(
             n, attributes, attributes.pooling_factors,
-            ids=_int64(n, "indices"), table="weights", weights="per_sample_weights", output="pooled",
+            ids=_checked_ids(n, attributes, attributes.pooling_factors),
+            table="weights", weights="per_sample_weights", output="pooled",
         )  # fmt: skip
     # A formal parameter must have a name, also the one that a fixed node leaves out before per-sample weights.
     inputs = [name or "offsets" for name in attributes.inputs()]
@@ -151,6 +152,52 @@ def _int64(n: Nodes, name: str) -> str:
     return n.op("Cast", name, to=TensorProto.INT64)
 
 
+def _zero_unless(n: Nodes, *violations: str) -> str:
+    """The number 0; the run fails ("indices element out of data bounds") where any value of a violation is true.
+
+    Standard operators cannot raise an error of their own, so a Gather reads beyond its one element.
+    """
+    count = n.op("ReduceSum", _int64(n, n.op("Concat", *violations, axis=0)), keepdims=0)
+    return n.op("Gather", n.constant([0]), n.op("Min", count, n.constant(1)))
+
+
+def _starts_and_ends(n: Nodes, offsets: str) -> tuple[str, str]:
+    """Where each bag begins and ends in `indices`."""
+    starts = n.op("Slice", offsets, n.constant([0]), n.constant([-1]))
+    return starts, n.op("Slice", offsets, n.constant([1]), n.constant([np.iinfo(np.int64).max]))
+
+
+def _checked_ids(n: Nodes, a: BagAttributes, factors: Sequence[int]) -> str:
+    """`indices` as int64, after N was seen to be a whole number of samples, with one weight per id.
+
+    Where all features have one pooling factor the Reshape that follows refuses anything else by itself.
+    """
+    ids = _int64(n, "indices")
+    if len(set(factors)) == 1 and len(a.features) == len(factors):
+        return ids
+    ids_count = n.op("Shape", ids)
+    violations = [n.op("Cast", n.op("Mod", ids_count, n.constant([sum(factors)])), to=TensorProto.BOOL)]
+    if a.weighted:
+        violations.append(n.op("Not", n.op("Equal", n.op("Shape", "per_sample_weights"), ids_count)))
+    return n.op("Add", ids, _zero_unless(n, *violations))
+
+
+def _checked_offsets(n: Nodes, a: BagAttributes) -> str:
+    """`offsets` as int64, after they were seen to rise from 0 to N, F * B + 1 of them, with one weight per id."""
+    offsets = _int64(n, "offsets")
+    starts, ends = _starts_and_ends(n, offsets)
+    ids_count = n.op("Shape", "indices")
+    violations = [
+        n.op("Less", ends, starts),
+        n.op("Not", n.op("Equal", n.op("Gather", offsets, n.constant([0])), n.constant([0]))),
+        n.op("Not", n.op("Equal", n.op("Gather", offsets, n.constant([-1])), ids_count)),
+        n.op("Cast", n.op("Mod", n.op("Shape", starts), n.constant([a.num_features])), to=TensorProto.BOOL),
+    ]
+    if a.weighted:
+        violations.append(n.op("Not", n.op("Equal", n.op("Shape", "per_sample_weights"), ids_count)))
+    return n.op("Add", offsets, _zero_unless(n, *violations))
+
+
 def _pool_csr(n: Nodes, a: BagAttributes) -> None:
     """Gather the row of every id [N, D] and add it to its bag with ScatterElements, which runs in index order.
 
@@ -158,9 +205,8 @@ def _pool_csr(n: Nodes, a: BagAttributes) -> None:
     Not a padded [bags, longest, D]: one bag of 100,000 ids would cost memory for every bag.
     """
     T = len(a.features)
-    ids, offsets = _int64(n, "indices"), _int64(n, "offsets")
-    starts = n.op("Slice", offsets, n.constant([0]), n.constant([-1]))
-    ends = n.op("Slice", offsets, n.constant([1]), n.constant([np.iinfo(np.int64).max]))
+    ids = _int64(n, "indices")
+    starts, ends = _starts_and_ends(n, _checked_offsets(n, a))
     batch = n.op("Div", n.op("Shape", starts), n.constant([a.num_features]))
 
     # Bag of each id: the number of bags that start at or before it, minus one.

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 
@@ -88,6 +89,14 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path):
         (lambda m: m.update(table_groups=[]), "0 table groups for 1"),
         (lambda m: m["model"].update(top_mlp=[2]), "top_mlp must end in 1"),
         (lambda m: m.update(surprise=1), "unknown key surprise"),
+        (lambda m: m.update(model="x"), "is damaged"),
+        (lambda m: m.update(inputs=[]), "is damaged"),
+        (lambda m: m["inputs"][1].update(dtype="float32"), "indices are float32"),
+        (lambda m: m["inputs"][1].update(dtype="no such type"), "is damaged"),
+        (lambda m: m["table_groups"][0].update(file=3), "is damaged"),
+        (lambda m: m["table_groups"][0].update(file=["x"]), "is damaged"),
+        (lambda m: m["files"][MODEL].update(size="1"), "is damaged: size is '1'"),
+        (lambda m: m["model"].update(weighted="no"), "weighted must be true or false"),
     ],
 )
 def test_a_manifest_that_cannot_be_right_is_refused(bundle, change, message):
@@ -139,6 +148,34 @@ def test_parity_and_plans_are_recorded_and_survive_opening(bundle):
     assert [record.plan for record in again.manifest.plans] == ["engines/b.plan"]
     assert sorted(path.name for path in folder.iterdir()) == ["b.json", "b.plan"]
     assert again.altered_files() == []
+
+
+def test_changes_of_two_processes_do_not_undo_each_other(bundle):
+    first, second = Bundle.open(bundle.path), Bundle.open(bundle.path)
+    first.record_parity("torch", {"passed": True})
+    second.record_parity("onnxruntime", {"passed": False})
+    again = Bundle.open(bundle.path)
+    assert again.manifest.parity == {"torch": {"passed": True}, "onnxruntime": {"passed": False}}
+    assert again.manifest == second.manifest
+
+
+def test_an_infinite_parity_record_is_refused_and_changes_nothing(bundle):
+    before = (bundle.path / MANIFEST).read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        bundle.record_parity("onnxruntime", {"limit": float("inf")})
+    assert (bundle.path / MANIFEST).read_bytes() == before
+    assert bundle.manifest.parity == {}
+
+
+@pytest.mark.parametrize("position", range(0, 200, 7))
+def test_a_damaged_golden_batch_is_an_error_wherever_the_damage_is(bundle, position):
+    path = bundle.path / GOLDEN
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    data[-position - 1] ^= 0xFF
+    path.write_bytes(data)
+    with contextlib.suppress(BundleError):
+        assert bundle.golden().probabilities.shape == (64,)
 
 
 def test_a_bundle_that_cannot_be_written_keeps_its_manifest(bundle, monkeypatch):

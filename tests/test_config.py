@@ -109,6 +109,8 @@ def test_pooling_factors_are_known_only_where_all_are_fixed():
         ({"interaction": "dcn"}, "cross_layers must be a whole number of at least 1"),
         ({"cross_rank": 4}, "belong to interaction dcn"),
         ({"index_policy": "wrap"}, "index_policy must be one of error, clamp, modulo, zero"),
+        ({"weighted": "no"}, "weighted must be true or false, got 'no'"),
+        ({"self_interaction": 1}, "self_interaction must be true or false, got 1"),
         ({"weighted": True}, "per-sample weights go with sum pooling"),
         ({"features": (FeatureConfig(name="x", table="none"),)}, "reads table 'none', which is not among the tables"),
         ({"features": (FeatureConfig(name="x", table="user"),)}, "no feature reads table item"),
@@ -124,6 +126,7 @@ def test_a_config_that_cannot_be_right_is_refused(changes, message):
     [
         (lambda: TableConfig(name="t", rows=0, width=4), "rows must be a whole number of at least 1, got 0"),
         (lambda: TableConfig(name="t", rows=True, width=4), "rows must be a whole number"),
+        (lambda: TableConfig(name="t", rows=1 << 50, width=4), "more than any disk holds"),
         (lambda: FeatureConfig(name="f", table="t", pooling="max"), "pooling must be one of sum, mean"),
         (lambda: FeatureConfig(name="f", table="t", pooling_factor=2, max_ids=3), "not both"),
     ],

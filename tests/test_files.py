@@ -82,7 +82,7 @@ def test_a_folder_moved_aside_by_a_process_killed_between_two_renames_comes_back
     (old / "manifest.json").write_text("old")
 
     def fail():
-        with atomic_folder(tmp_path / "bundle"):
+        with atomic_folder(tmp_path / "bundle", overwrite=True):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -145,3 +145,27 @@ def test_the_hash_of_a_folder_changes_with_any_name_or_byte(tmp_path):
     altered = sha256_folder(tmp_path)
     (tmp_path / "b").rename(tmp_path / "c")
     assert len({before, altered, sha256_folder(tmp_path)}) == 3
+
+
+def test_a_folder_that_somebody_else_made_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "bundle"
+
+    def late():
+        with atomic_folder(out) as folder:
+            (folder / "manifest.json").write_text("mine")
+            out.mkdir()
+            (out / "manifest.json").write_text("theirs")
+
+    with pytest.raises(OutputError, match="exists already"):
+        late()
+    assert (out / "manifest.json").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_what_an_interrupted_overwrite_had_moved_aside_is_not_overwritten_without_being_asked(tmp_path):
+    old = tmp_path / f".bundle.old-{dead_pid()}"
+    old.mkdir()
+    (old / "manifest.json").write_text("old")
+    with pytest.raises(OutputError, match="exists already"), atomic_folder(tmp_path / "bundle"):
+        pass
+    assert (tmp_path / "bundle" / "manifest.json").read_text() == "old"

@@ -17,7 +17,7 @@ from dlrm_deploy.presets import PRESET_NAMES
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Bundle folder to make.")
 @click.option("--preset", type=click.Choice(PRESET_NAMES), help="Export this model with random weights instead.")
 @click.option("--scale-rows", type=click.FloatRange(min=0, min_open=True), help="Multiply the preset's table rows.")
-@click.option("--seed", type=int, help="Seed of the preset's random weights.  [default: 0]")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the preset's random weights.  [default: 0]")
 @click.option("--ids", type=click.Choice(["int64", "int32"]), default="int64", help="Type of ids and offsets.")
 @click.option(
     "--index-policy",

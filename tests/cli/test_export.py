@@ -43,6 +43,7 @@ def test_seed_ids_and_index_policy_are_taken(tmp_path):
         ([], "give either CHECKPOINT or --preset"),
         (["checkpoint", "--preset", "kaggle"], "give either CHECKPOINT or --preset"),
         (["checkpoint", "--seed", "1"], "--scale-rows and --seed go with --preset"),
+        (["--preset", "kaggle", "--seed", "-1"], "Invalid value for '--seed'"),
         (["--preset", "criteo"], "Invalid value for '--preset'"),
         (["--preset", "kaggle", "--scale-rows", "0"], "Invalid value for '--scale-rows'"),
     ],
@@ -51,6 +52,12 @@ def test_wrong_usage_exits_2(arguments, message, tmp_path):
     result = run(*arguments, "--out", tmp_path / "bundle")
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_rows_beyond_any_disk_are_an_error(tmp_path):
+    result = run("--preset", "kaggle", "--scale-rows", "1e30", "--out", tmp_path / "bundle")
+    assert result.exit_code == 3
+    assert "more than any disk holds" in result.output
 
 
 def test_a_checkpoint_that_is_not_there_exits_3_without_a_traceback(tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -74,6 +76,49 @@ def test_embedding_bag_body_fails_on_a_bad_id_under_policy_error(form, bad_id):
     case.indices[0] = bad_id  # row 5 exists, but belongs to the next table
     with pytest.raises(Exception, match="out of data bounds"):
         run_body(case)
+
+
+def with_offsets(change):
+    case = csr_case("csr", [[2, 1], [1, 2]], rows=(5, 3))
+    case.offsets[:] = change(case.offsets)
+    return case
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda o: o + (np.arange(len(o)) == 0), id="begin at 1"),
+        pytest.param(lambda o: np.minimum(o, o[-1] - 1), id="end before N"),
+        pytest.param(lambda o: o + (np.arange(len(o)) == len(o) - 1), id="end after N"),
+        pytest.param(lambda o: o[[0, 2, 1, 3, 4]], id="fall"),
+        pytest.param(lambda o: o - 3 * (np.arange(len(o)) == 1), id="negative"),
+    ],
+)
+def test_embedding_bag_body_fails_on_offsets_that_describe_no_bags(change):
+    with pytest.raises(Exception, match="out of (data )?bounds|out of range"):
+        run_body(with_offsets(change))
+
+
+def test_embedding_bag_body_fails_on_lengths_that_do_not_belong_together():
+    cases = [
+        csr_case("offsets", [[1, 1], [2, 0]], rows=(5, 3)),
+        csr_case("no ids", [[0, 0], [0, 0]], rows=(5, 3)),
+        csr_case("weights", [[1, 1], [2, 0]], rows=(5, 3), weighted=True),
+        fixed_case("one factor", [2, 2], 3, rows=(5, 3)),
+        fixed_case("several factors", [1, 2], 3, rows=(5, 3)),
+        fixed_case("several factors, weights", [1, 2], 3, rows=(5, 3), weighted=True),
+    ]
+    shorter = [
+        replace(cases[0], offsets=np.append(cases[0].offsets, cases[0].offsets[-1])),
+        replace(cases[1], offsets=cases[1].offsets + 1),
+        replace(cases[2], per_sample_weights=cases[2].per_sample_weights[:1]),
+        replace(cases[3], indices=cases[3].indices[:-1]),
+        replace(cases[4], indices=cases[4].indices[:-1]),
+        replace(cases[5], per_sample_weights=cases[5].per_sample_weights[:1]),
+    ]
+    for case in shorter:
+        with pytest.raises(Exception, match="ONNXRuntimeError"):
+            run_body(case)
 
 
 def test_zero_policy_ignores_the_nan_weight_of_a_dropped_id():
