@@ -5,10 +5,20 @@ BIN := $(VENV)/bin
 OUT ?= demo
 EXTRAS := train,export,bench,dev
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL_PACKAGES = $(PIP_INSTALL) -e '.[$(EXTRAS)]' && \
+	$(BIN)/python packaging/install_optional.py TensorRT-RTX -c constraints.txt -e '.[tensorrt-rtx]'
 PACKAGES := -p dlrm_deploy
+NATIVE := CMakeLists.txt $(wildcard cmake/* dlrm_deploy/engines/native/* $(addprefix dlrm_deploy/engines/native/,*/* */*/*))
 CPP := $(shell git ls-files 'engines/native/*.cc' 'engines/native/*.h' 'tests/engines/native/*.cc' 'tests/engines/native/*.h' 2>/dev/null)
 
-.PHONY: demo test setup build lint format sanitize test-native clean
+# ThreadSanitizer of older compilers does not know the address spaces of newer Linux kernels.
+FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+# Python and ONNX Runtime are not built with the sanitizer, so its runtime has to be there before them, and what they leave
+# allocated at their end is not ours to report.
+IN_ADDRESS_SANITIZER = DLRM_DEPLOY_LIBRARY=$(CURDIR)/build/address/libdlrm_deploy_ops.so ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(foreach library,asan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))"
+
+.PHONY: demo test setup build lint format sanitize sanitize-address sanitize-thread test-native clean
 
 demo: $(VENV)/ready ## the whole road on MovieLens-100K, into $(OUT)/
 	$(BIN)/dlrm-deploy demo --out $(OUT)
@@ -18,13 +28,13 @@ test: $(VENV)/ready ## every test, with coverage of at least 90 %
 
 setup: $(VENV)/ready ## virtual environment, pinned packages, ONNX Runtime headers, native build
 
-$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt
+# Packages are asked for when their lists have changed; a change of native sources alone rebuilds the library.
+$(VENV)/ready: pyproject.toml constraints.txt packaging/install_optional.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e '.[$(EXTRAS)]'
-	$(PIP_INSTALL) -e '.[tensorrt-rtx]' || echo 'TensorRT-RTX has no package for this machine: plans will not be built.'
+	$(if $(filter-out $(NATIVE),$?),$(INSTALL_PACKAGES),$(PIP_INSTALL) --no-deps -e .)
 	touch $@
 
-build: $(VENV)/ready ## rebuild the native library after a change
+build: $(VENV)/ready ## rebuild the native library, also where nothing has changed
 	$(PIP_INSTALL) --no-deps -e .
 
 lint: $(VENV)/ready ## ruff, mypy --strict, clang-format
@@ -38,15 +48,19 @@ format: $(VENV)/ready ## rewrite all sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-test-native: ## C++ kernel tests
-	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DDLRM_DEPLOY_BUILD_TESTS=ON
-	cmake --build build/native --parallel 2
-	ctest --test-dir build/native --output-on-failure
+test-native: $(VENV)/ready ## C++ kernel tests
+	$(BIN)/cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DDLRM_DEPLOY_BUILD_TESTS=ON
+	$(BIN)/cmake --build build/native --parallel 2
+	$(BIN)/ctest --test-dir build/native --output-on-failure
 
-sanitize: ## C++ kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDLRM_DEPLOY_BUILD_TESTS=ON -DDLRM_DEPLOY_SANITIZE=ON -DDLRM_DEPLOY_WERROR=ON
-	cmake --build build/sanitize --parallel 2
-	ctest --test-dir build/sanitize --output-on-failure
+sanitize: sanitize-address sanitize-thread ## C++ kernel tests and operator tests under the compiler's sanitizers
+
+sanitize-address sanitize-thread: sanitize-%: $(VENV)/ready
+	$(BIN)/cmake -S . -B build/$* -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDLRM_DEPLOY_BUILD_TESTS=ON -DDLRM_DEPLOY_SANITIZE=$* \
+		-DDLRM_DEPLOY_WERROR=ON
+	$(BIN)/cmake --build build/$* --parallel 2
+	$(FIXED_ADDRESSES) $(BIN)/ctest --test-dir build/$* --output-on-failure
+	$(if $(filter address,$*),$(IN_ADDRESS_SANITIZER) $(BIN)/python -m pytest tests/engines/native/test_custom_ops.py)
 
 clean:
 	rm -rf build $(VENV)

@@ -1,5 +1,6 @@
 # Sets ONNXRUNTIME_INCLUDE_DIR and, for the tests, GOOGLETEST_SOURCE_DIR: what the user named, what the system has, or what
-# packaging/fetch_headers.py fetches to build/headers of the source tree, where the next build finds it again.
+# packaging/fetch_headers.py fetches to build/headers of the source tree, where the next build finds it again. Set
+# ONNXRUNTIME_RELEASE_SHA256 and GOOGLETEST_RELEASE_SHA256 in the environment to pin the release archives it may fetch.
 function(dlrm_deploy_third_party what variable)
   if(${variable})
     return()
@@ -16,6 +17,10 @@ function(dlrm_deploy_third_party what variable)
     OUTPUT_VARIABLE folder ERROR_VARIABLE error RESULT_VARIABLE status OUTPUT_STRIP_TRAILING_WHITESPACE)
   if(NOT status EQUAL 0)
     message(FATAL_ERROR "${error}")
+  endif()
+  if(error) # what was fetched, and its checksum
+    string(STRIP "${error}" error)
+    message(STATUS "${error}")
   endif()
   message(STATUS "${what}: ${folder}")
   set(${variable} ${folder} PARENT_SCOPE)

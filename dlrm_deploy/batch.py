@@ -194,7 +194,9 @@ def _check_offsets(offsets: npt.NDArray[Any], ids: int, samples: int) -> None:
 
 def _check_finite(name: str, values: npt.NDArray[np.generic]) -> None:
     # One pass without a temporary: a sum of finite float32 values in float64 is finite.
-    if np.isfinite(np.sum(values, dtype=np.float64)):
+    with np.errstate(invalid="ignore"):  # of infinities of both signs
+        total = np.sum(values, dtype=np.float64)
+    if np.isfinite(total):
         return
     place = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
     at = f"sample {place[0]}, column {place[1]}" if len(place) == 2 else f"position {place[0]}"

@@ -235,7 +235,8 @@ class Bundle:
 
         Args:
             path: the folder.
-            verify: "auto" hashes every file up to 64 MiB and compares the sizes of larger ones; "full" hashes all;
+            verify: "auto" hashes every file up to 64 MiB and compares the sizes of larger ones; "full" hashes all,
+                plans too;
                 "none" compares sizes only. Plans are verified when their engine opens them.
 
         Raises:
@@ -245,7 +246,7 @@ class Bundle:
         bundle = cls.unverified(path)
         plans = {name for record in bundle.manifest.plans for name in (record.plan, record.sidecar)}
         for name in bundle.manifest.files:
-            if name not in plans:
+            if verify == "full" or name not in plans:
                 bundle.verify_file(name, verify)
         return bundle
 

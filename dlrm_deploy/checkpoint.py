@@ -5,10 +5,12 @@
         model.toml            ModelConfig
         trainer.json          where training stood
         golden.npz            a few real inputs and the probabilities of the model that was in memory
+        files.json            size and SHA-256 of each of these files
 
 Any number of processes may have written it: a tensor is put together from its stored chunks. Reading trusts nothing:
-the metadata, which torch pickles, is read by an unpickler that knows a dozen stand-in types and calls nothing else,
-and tensors are loaded with `weights_only=True`. Writing is atomic.
+files are verified against `files.json`, because torch does not notice an altered byte; the metadata, which torch
+pickles, is read by an unpickler that knows a dozen stand-in types and calls nothing else, and tensors are loaded with
+`weights_only=True`. Writing is atomic.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import pathlib
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -27,10 +30,10 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dlrm_deploy.bundle import Golden
-from dlrm_deploy.config import ModelConfig
+from dlrm_deploy.bundle import AUTO_HASH_BYTES, FileRecord, Golden
+from dlrm_deploy.config import ModelConfig, from_mapping
 from dlrm_deploy.errors import CheckpointError, ConfigError, DlrmDeployError
-from dlrm_deploy.files import atomic_folder
+from dlrm_deploy.files import atomic_folder, sha256_file, sha256_folder
 from dlrm_deploy.model.keys import dense_shapes, table_shapes
 
 if TYPE_CHECKING:
@@ -40,6 +43,10 @@ METADATA = ".metadata"
 MODEL = "model.toml"
 TRAINER = "trainer.json"
 GOLDEN = "golden.npz"
+FILES = "files.json"
+
+FORMAT = "dlrm-deploy checkpoint"
+FORMAT_VERSION = 1
 
 MODEL_PREFIX = "model."
 """Before the names of `dlrm_deploy.model.keys`, in a checkpoint's keys."""
@@ -74,13 +81,34 @@ def save_checkpoint(
     state.update(optimizer)
     with atomic_folder(path) as folder:
         writer = FileSystemWriter(folder, thread_count=1, sync_files=False)  # the folder is synced as a whole
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _system_errors():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, and meant so
             save(state, storage_writer=writer, no_dist=True)
         (folder / MODEL).write_text(config.to_toml(), encoding="utf-8")
         (folder / TRAINER).write_text(json.dumps(dict(trainer_state), indent=2) + "\n", encoding="utf-8")
         if golden is not None:
             np.savez(folder / GOLDEN, allow_pickle=False, **golden.arrays())
+        paths = sorted(folder.iterdir())
+        files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths}
+        table = {"format": FORMAT, "format_version": FORMAT_VERSION, "files": files}
+        (folder / FILES).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Raise what the operating system said, such as that the disk is full, in place of what torch makes of it."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as err:
+        for seen, _ in err.failures.values():
+            cause: BaseException | None = seen
+            while cause is not None:
+                if isinstance(cause, OSError):
+                    raise cause from err
+                cause = cause.__cause__ or cause.__context__
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,22 +130,29 @@ class _Entry:
 
 
 class Checkpoint:
-    """An opened checkpoint. Only its metadata was read; tensors are read when asked for, one at a time.
+    """An opened checkpoint. Tensors are read when asked for, one at a time.
+
+    Opening compares the sizes of all files and hashes those up to 64 MiB; `verify`, which `load_into` and an export
+    call, hashes the larger ones too. A checkpoint that torch alone wrote has no `files.json`, and is taken as it is.
 
     Keys are those stored: `MODEL_PREFIX` + a name of `dlrm_deploy.model.keys` for the model's weights.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, entries: Mapping[str, _Entry]) -> None:
+    def __init__(
+        self, path: Path, config: ModelConfig, entries: Mapping[str, _Entry], unverified: Mapping[str, FileRecord]
+    ) -> None:
         self.path = path
         self.config = config
         self._entries = entries
+        self._unverified = dict(unverified)
+        """Files that are still to be hashed."""
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
         """Open the checkpoint at `path` and see that it holds every tensor of its model, in the right shape.
 
         Raises:
-            CheckpointError: no checkpoint, a damaged one, or one whose tensors are not those of its model.
+            CheckpointError: no checkpoint, a damaged or altered one, or one whose tensors are not those of its model.
         """
         path = Path(path)
         if not (path / METADATA).is_file() or not (path / MODEL).is_file():
@@ -126,17 +161,41 @@ class Checkpoint:
                 f"{path} is not a checkpoint of dlrm-deploy: it holds no {missing}. Give a folder that `dlrm-deploy "
                 "train` wrote, such as RUN/best."
             )
+        records = _read_files(path)
+        for name, record in records.items():
+            _verify_file(path / name, record, hashed=record.size <= AUTO_HASH_BYTES)
         try:
             config = ModelConfig.read(path / MODEL)
         except ConfigError as err:
             raise CheckpointError(f"{path} is damaged: {err}") from err
-        checkpoint = cls(path, config, _read_metadata(path / METADATA))
+        large = {name: record for name, record in records.items() if record.size > AUTO_HASH_BYTES}
+        checkpoint = cls(path, config, _read_metadata(path / METADATA), large)
+        if records:
+            used = {chunk.file for entry in checkpoint._entries.values() for chunk in entry.chunks}
+            used |= {name for name in (METADATA, MODEL, TRAINER, GOLDEN) if (path / name).exists()}
+            if unlisted := sorted(used - set(records)):
+                raise CheckpointError(f"{path / FILES} is damaged: it does not list {', '.join(unlisted)}. {_REMEDY}")
         for name, shape in {**dense_shapes(config), **table_shapes(config)}.items():
             key = MODEL_PREFIX + name
             checkpoint._check_entry(key, shape)
             if checkpoint._entries[key].dtype != "float32":
                 raise CheckpointError(f"{path}: {key} is {checkpoint._entries[key].dtype}, expected float32.")
         return checkpoint
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 over the whole checkpoint: of `files.json`, which holds the hashes of all files."""
+        return sha256_file(self.path / FILES) if (self.path / FILES).is_file() else sha256_folder(self.path)
+
+    def verify(self) -> None:
+        """Hash the files that opening left out, once.
+
+        Raises:
+            CheckpointError: a file is missing or altered; the message names it.
+        """
+        for name in list(self._unverified):
+            _verify_file(self.path / name, self._unverified[name], hashed=True)
+            del self._unverified[name]
 
     def keys(self) -> tuple[str, ...]:
         """The keys of all stored tensors."""
@@ -192,13 +251,14 @@ class Checkpoint:
             yield start, block
 
     def load_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the given tensors, named by their stored keys, in place.
+        """Fill the given tensors, named by their stored keys, in place, after `verify`.
 
         Raises:
-            CheckpointError: as `read`, or a tensor has another shape.
+            CheckpointError: as `verify` and `read`, or a tensor has another shape.
         """
         import torch
 
+        self.verify()
         with torch.no_grad():
             for key, tensor in tensors.items():
                 self._check_entry(key, tuple(tensor.shape))
@@ -211,11 +271,7 @@ class Checkpoint:
         Raises:
             CheckpointError: missing or damaged.
         """
-        try:
-            state: dict[str, Any] = json.loads((self.path / TRAINER).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as err:
-            raise CheckpointError(f"{self.path} is damaged: cannot read {TRAINER}: {err}.") from err
-        return state
+        return _read_object(self.path / TRAINER)
 
     def golden(self) -> Golden | None:
         """Real inputs and the model's probabilities for them; None where the checkpoint holds none.
@@ -273,6 +329,59 @@ class Checkpoint:
                 f"{self.path}: {key} holds NaN or infinite values. Training diverged; use an earlier one."
             )
         return values
+
+
+_REMEDY = "Copy the checkpoint again, or go back to an earlier one."
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{path.parent} is damaged: cannot read {path.name}: {err}. {_REMEDY}") from err
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object, but {json.dumps(values)[:40]}. {_REMEDY}")
+    return values
+
+
+def _read_files(folder: Path) -> dict[str, FileRecord]:
+    """What `files.json` says; nothing for a checkpoint that torch alone wrote, without our other files."""
+    path = folder / FILES
+    if not path.exists() and not (folder / TRAINER).exists():
+        return {}
+    values = _read_object(path)
+    if values.get("format") != FORMAT or values.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is of format {values.get('format')!r}, version {values.get('format_version')!r}, and this "
+            f"dlrm-deploy reads {FORMAT!r}, version {FORMAT_VERSION}. Install a release that reads it, or train again."
+        )
+    files = values.get("files")
+    try:
+        if not isinstance(files, dict):
+            raise ConfigError("it holds no table of files.")
+        records = {name: from_mapping(FileRecord, values, name) for name, values in files.items()}
+    except ConfigError as err:
+        raise CheckpointError(f"{path} is damaged: {err} {_REMEDY}") from err
+    for name, record in records.items():
+        if Path(name).name != name or not isinstance(record.size, int) or not isinstance(record.sha256, str):
+            raise CheckpointError(f"{path} is damaged: its record of {name!r} makes no sense. {_REMEDY}")
+    return records
+
+
+def _verify_file(path: Path, record: FileRecord, hashed: bool) -> None:
+    try:
+        size = path.stat().st_size
+        if size != record.size:
+            raise CheckpointError(
+                f"{path} has {size} bytes, {FILES} says {record.size}: it was cut or altered. {_REMEDY}"
+            )
+        if hashed and sha256_file(path) != record.sha256:
+            raise CheckpointError(f"{path} was altered: its SHA-256 is not the one in {FILES}. {_REMEDY}")
+    except FileNotFoundError as err:
+        raise CheckpointError(f"{path} is missing. {_REMEDY}") from err
+    except OSError as err:
+        raise CheckpointError(f"cannot read {path}: {err}.") from err
 
 
 def _box(chunk: _Chunk) -> tuple[slice, ...]:

@@ -42,8 +42,8 @@ def output_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as err:
         raise OutputError(
-            f"cannot write {out}: {err.strerror or err}. Nothing was left there; choose a place that is writable and "
-            "has room."
+            f"cannot write {out}: {err.strerror or err}. What was there is unchanged; choose a place that is "
+            "writable and has room."
         ) from err
 
 
@@ -59,6 +59,7 @@ def atomic_folder(out: Path, overwrite: bool = False, marker: str = "manifest.js
         OutputError: `out` exists, or cannot be written.
     """
     with output_errors(out):
+        out = out.resolve()  # a link stays a link: what it points to is made or replaced
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
     _check_free(out, overwrite, marker)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
-from dlrm_deploy.errors import BatchError
+from dlrm_deploy.errors import BatchError, EngineError
 
 
 class Engine(ABC):
@@ -27,6 +27,7 @@ class Engine(ABC):
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self.bundle = bundle
         self.threads = threads
+        self._closed = False
 
     def predict(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Score a batch.
@@ -36,9 +37,15 @@ class Engine(ABC):
 
         Raises:
             BatchError: the batch does not fit the model, or an id is out of range under index policy "error".
-            EngineError: the engine failed, or cannot execute here.
+            EngineError: the engine failed, is closed, or cannot execute here.
         """
+        if self._closed:
+            raise EngineError(f"engine {self.name} is closed. Open the bundle again to score more batches.")
+        if not isinstance(batch, Batch):
+            raise BatchError(f"predict takes a dlrm_deploy.Batch, got {type(batch).__name__}.")
         batch.check_fits(self.bundle.config)
+        if self.bundle.manifest.index_dtype == np.int32:
+            _check_32_bits(batch)
         return self._run(batch)
 
     @abstractmethod
@@ -50,12 +57,23 @@ class Engine(ABC):
         """Which implementation each operator of ours really uses in this engine, found by looking, not by assuming."""
 
     @property
+    def precision(self) -> str:
+        """Number format of MLPs and interaction, one of `dlrm_deploy.config.PRECISIONS`."""
+        return "fp32"
+
+    @property
     @abstractmethod
     def version(self) -> str:
         """Name and version of the library that executes, for reports."""
 
-    def close(self) -> None:  # noqa: B027  # most engines have nothing to release
-        """Release memory and threads. The engine cannot be used afterwards."""
+    def close(self) -> None:
+        """Release memory and threads. The engine cannot be used afterwards; closing it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+
+    def _release(self) -> None:  # noqa: B027  # an engine may have nothing to release
+        """Release what this kind of engine holds. Called once."""
 
     def __enter__(self) -> Self:
         return self
@@ -69,16 +87,17 @@ class Engine(ABC):
 def with_index_dtype(
     batch: Batch, dtype: np.dtype[np.generic]
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
-    """`indices` and `offsets` of a batch in the type that the graph takes.
-
-    Raises:
-        BatchError: an id does not fit; the message names it.
-    """
+    """`indices` and `offsets` of a batch that `predict` has checked, in the type that the graph takes."""
     if batch.indices.dtype == dtype:
         return batch.indices, batch.offsets
-    if dtype == np.int32 and batch.indices.size:
-        limits = np.iinfo(np.int32)
-        for value in (batch.indices.min(), batch.indices.max(), batch.offsets[-1]):
-            if not limits.min <= value <= limits.max:
-                raise BatchError(f"{value} does not fit the 32-bit ids of this model. Export it with --ids int64.")
     return batch.indices.astype(dtype), batch.offsets.astype(dtype)
+
+
+def _check_32_bits(batch: Batch) -> None:
+    """Every engine refuses what the graph of an int32 model cannot take, whatever its own arithmetic could."""
+    if batch.indices.dtype == np.int32 or batch.indices.size == 0:
+        return
+    limits = np.iinfo(np.int32)
+    for value in (batch.indices.min(), batch.indices.max(), batch.offsets[-1]):
+        if not limits.min <= value <= limits.max:
+            raise BatchError(f"{value} does not fit the 32-bit ids of this model. Export it with --ids int64.")

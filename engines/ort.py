@@ -32,6 +32,7 @@ class StockOnnxRuntimeEngine(Engine):
     def __init__(self, bundle: Bundle, threads: int, spin: bool = True) -> None:
         super().__init__(bundle, threads)
         self._spin = spin
+        self._kernel_path = kernel_path() if self.uses_library else ""  # the environment may change later on
         self._session = self._open()
         self._index_dtype = bundle.manifest.index_dtype
         self._takes_offsets = any(spec.name == "offsets" for spec in bundle.manifest.inputs)
@@ -83,7 +84,7 @@ class StockOnnxRuntimeEngine(Engine):
             event["args"]["op_name"] for event in events if event.get("cat") == "Node" and "op_name" in event["args"]
         }
         return {
-            operator: f"C++ kernel ({kernel_path()})" if operator in ran else "function body of standard operators"
+            operator: f"C++ kernel ({self._kernel_path})" if operator in ran else "function body of standard operators"
             for operator in self.bundle.manifest.operators
         }
 
@@ -91,7 +92,7 @@ class StockOnnxRuntimeEngine(Engine):
     def version(self) -> str:
         return f"onnxruntime {ort.__version__}"
 
-    def close(self) -> None:
+    def _release(self) -> None:
         del self._session
 
 

@@ -12,6 +12,9 @@ from dlrm_deploy.errors import EngineError, MissingDependencyError
 ENGINE_NAMES: tuple[str, ...] = ("onnxruntime", "onnxruntime-stock", "torch", "tensorrt-rtx", "tensorrt")
 PLAN_ENGINES: tuple[str, ...] = ("tensorrt-rtx", "tensorrt")
 
+MOST_THREADS = 1024
+"""More are a mistake, and the limit of the native library too."""
+
 _MODULES = {"torch": "torch", "tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _EXTRAS = {"torch": "train", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
@@ -30,19 +33,21 @@ def open_engine(bundle: Bundle, name: str, *, threads: int | None = None, spin: 
     Args:
         bundle: an opened bundle.
         name: one of `ENGINE_NAMES`.
-        threads: CPU threads; None for one per core that this process may use.
+        threads: CPU threads, 1 to `MOST_THREADS`; None for one per core that this process may use.
         spin: let idle ONNX Runtime threads spin between calls: faster when the engine has the machine to itself,
             and harmful where several engines share it.
 
     Raises:
-        EngineError: no engine has that name, or it cannot be opened here.
+        EngineError: no engine has that name, `threads` is out of range, or it cannot be opened here.
     """
     if name not in ENGINE_NAMES:
         raise EngineError(f"no engine is named {name!r}. Engines: {', '.join(ENGINE_NAMES)}.")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise EngineError(f"threads is {threads}, expected 1 to {MOST_THREADS}. Leave it out for one per core.")
     missing = missing_package(name)
     if missing:
         raise MissingDependencyError(missing)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
     if name == "torch":
         from dlrm_deploy.engines.torch_eager import TorchEngine
 

@@ -53,3 +53,6 @@ class TorchEngine(Engine):
     @property
     def version(self) -> str:
         return f"torch {torch.__version__}"
+
+    def _release(self) -> None:
+        del self._model

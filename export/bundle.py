@@ -7,6 +7,7 @@ folder beside the place, renamed at the end.
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -31,7 +32,7 @@ from dlrm_deploy.bundle import (
 )
 from dlrm_deploy.config import IndexPolicy, TableGroup
 from dlrm_deploy.data.random import random_batch
-from dlrm_deploy.errors import CheckpointError
+from dlrm_deploy.errors import CheckpointError, OutputError
 from dlrm_deploy.export.graph import signature, write_model
 from dlrm_deploy.export.nodes import DOMAIN, OPSET
 from dlrm_deploy.export.sources import Source
@@ -76,6 +77,7 @@ def export_bundle(
     if index_policy is not None:
         config = replace(config, index_policy=index_policy)
     with atomic_folder(out, overwrite, MANIFEST) as folder:
+        _check_room(folder, config.table_bytes)
         tables = tuple(_write_tables(folder, group, source, progress) for group in config.groups)
         dense = source.dense()
         np.savez(folder / DENSE, allow_pickle=False, **dense)
@@ -102,6 +104,16 @@ def export_bundle(
         files = {name: _record(folder / name) for name in names}
         (folder / MANIFEST).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
     return Bundle.open(out, verify="none")
+
+
+def _check_room(folder: Path, table_bytes: int) -> None:
+    """Say so before, not after, filling the disk."""
+    free = shutil.disk_usage(folder).free
+    if table_bytes > free:
+        raise OutputError(
+            f"the tables need {table_bytes / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB free. Choose "
+            "another place, or fewer rows (--scale-rows, for a preset)."
+        )
 
 
 def _write_tables(folder: Path, group: TableGroup, source: Source, progress: Progress) -> TableGroupRecord:

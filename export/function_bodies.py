@@ -137,8 +137,10 @@ def policy_rows(
     """
     zero = n.constant(0, dtype)
     if policy == "clamp":
+        # Not Min and Max: ONNX Runtime 1.31's int64 ones are wrong for values in [2^31, 2^32).
         last = n.op("Sub", rows, n.constant(1, dtype))
-        return n.op("Add", n.op("Max", n.op("Min", ids, last), zero), row_starts), None
+        from_zero = n.op("Where", n.op("Less", ids, zero), zero, ids)
+        return n.op("Add", n.op("Where", n.op("Greater", from_zero, last), last, from_zero), row_starts), None
     if policy == "modulo":
         return n.op("Add", n.op("Mod", ids, rows), row_starts), None
     bad = n.op("Or", n.op("Less", ids, zero), n.op("GreaterOrEqual", ids, rows))

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from dlrm_deploy.bundle import Golden
 from dlrm_deploy.config import ModelConfig
-from dlrm_deploy.files import sha256_folder
 from dlrm_deploy.model.keys import dense_shapes, table_key
 
 if TYPE_CHECKING:
@@ -46,9 +45,10 @@ class Source(ABC):
 
 
 class CheckpointSource(Source):
-    """A checkpoint written by `dlrm-deploy train`."""
+    """A checkpoint written by `dlrm-deploy train`; verified here in full."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        checkpoint.verify()
         self._checkpoint = checkpoint
         self.config = checkpoint.config
 
@@ -62,7 +62,7 @@ class CheckpointSource(Source):
         return self._checkpoint.golden()
 
     def provenance(self) -> dict[str, Any]:
-        return {"source": "checkpoint", "checkpoint_sha256": sha256_folder(self._checkpoint.path)}
+        return {"source": "checkpoint", "checkpoint_sha256": self._checkpoint.sha256}
 
 
 class RandomSource(Source):

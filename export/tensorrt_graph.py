@@ -20,8 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import dlrm_deploy
 from dlrm_deploy.bundle import TensorSpec
-from dlrm_deploy.config import ModelConfig
-from dlrm_deploy.engines.tensorrt.options import Precision
+from dlrm_deploy.config import ModelConfig, Precision
 from dlrm_deploy.errors import EngineError
 from dlrm_deploy.export.function_bodies import BagAttributes, dot_interaction, policy_rows, pool_fixed
 from dlrm_deploy.export.graph import IR_VERSION, concat_or_cross, mlp, signature, value_info

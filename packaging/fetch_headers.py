@@ -11,12 +11,17 @@ Each source is tried in turn: a folder the user names, the system, an earlier fe
 the Debian package, which comes from the mirrors this machine is already set up for, through a private
 `apt-get` state: nothing is installed, nothing outside `--into` and a temporary folder is written, root is not needed.
 
+apt checks the signature of what it fetches. A release archive has none: what was fetched is printed with its SHA-256,
+and `--release-sha256`, or the environment variable ONNXRUNTIME_RELEASE_SHA256 or GOOGLETEST_RELEASE_SHA256, names the
+only one to accept. Another one is an error, and no other source is tried then.
+
 Main path: `main` -> `provide` -> one of `_from_release`, `_from_debian`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import shutil
@@ -27,6 +32,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 NETWORK_TIMEOUT_S = 15
@@ -37,6 +43,10 @@ class FetchError(Exception):
     """One source did not have the files. The message says why."""
 
 
+class ChecksumError(Exception):
+    """A release archive is not the one that the user expects."""
+
+
 @dataclass(frozen=True)
 class ThirdParty:
     """One set of files that the build needs, and where it may come from."""
@@ -44,6 +54,8 @@ class ThirdParty:
     name: str
     variable: str
     """Environment variable, and CMake cache variable, with which the user names a folder."""
+    sha256_variable: str
+    """Environment variable with which the user pins the release archive."""
     required: str
     """File whose presence makes a folder the right one, relative to it."""
     system_folders: tuple[str, ...]
@@ -63,6 +75,7 @@ THIRD_PARTY = {
     "onnxruntime": ThirdParty(
         name="ONNX Runtime 1.21 C++ headers",
         variable="ONNXRUNTIME_INCLUDE_DIR",
+        sha256_variable="ONNXRUNTIME_RELEASE_SHA256",
         required="onnxruntime_cxx_api.h",
         system_folders=tuple(
             f"{root}/include/{sub}".rstrip("/")
@@ -80,6 +93,7 @@ THIRD_PARTY = {
     "googletest": ThirdParty(
         name="GoogleTest sources",
         variable="GOOGLETEST_SOURCE_DIR",
+        sha256_variable="GOOGLETEST_RELEASE_SHA256",
         required="googletest/include/gtest/gtest.h",
         system_folders=("/usr/src/googletest",),
         release="https://github.com/google/googletest/archive/refs/tags/v1.14.0.tar.gz",
@@ -92,13 +106,14 @@ THIRD_PARTY = {
 }
 
 
-def provide(wanted: ThirdParty, into: Path) -> Path:
+def provide(wanted: ThirdParty, into: Path, release_sha256: str | None = None) -> Path:
     """Return a folder holding `wanted.required`, fetching it to `into` if this machine has none.
 
     The folder under `into` appears whole or not at all, and is used at once the next time.
 
     Raises:
         FetchError: no source has the files; the message lists every source and how to name a folder.
+        ChecksumError: the release archive's SHA-256 is not `release_sha256`, or else what the environment names.
     """
     named = os.environ.get(wanted.variable)
     if named:
@@ -112,7 +127,9 @@ def provide(wanted: ThirdParty, into: Path) -> Path:
 
     into.mkdir(parents=True, exist_ok=True)
     failures = []
-    for title, fetch in (("release archive", _from_release), ("Debian package", _from_debian)):
+    expected = release_sha256 or os.environ.get(wanted.sha256_variable)
+    from_release = partial(_from_release, sha256=expected)
+    for title, fetch in (("release archive", from_release), ("Debian package", _from_debian)):
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=into) as scratch:
             try:
                 found = fetch(wanted, Path(scratch))
@@ -145,7 +162,7 @@ def _release_url(wanted: ThirdParty) -> str:
     return wanted.release.format(machine=wanted.machines.get(machine, machine))
 
 
-def _from_release(wanted: ThirdParty, scratch: Path) -> Path:
+def _from_release(wanted: ThirdParty, scratch: Path, sha256: str | None) -> Path:
     if wanted.machines and platform.machine() not in wanted.machines:
         raise FetchError(f"there is none for {platform.machine()}")
     url = _release_url(wanted)
@@ -156,6 +173,14 @@ def _from_release(wanted: ThirdParty, scratch: Path) -> Path:
             archive.open("wb") as file,
         ):
             shutil.copyfileobj(response, file)
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if sha256 and found != sha256.lower():
+            raise ChecksumError(
+                f"{url} has SHA-256 {found}, expected {sha256}. Nothing of it was used. Find out which is right, then "
+                f"correct {wanted.sha256_variable} or --release-sha256, or name a folder with {wanted.variable}."
+            )
+        checked = "as expected" if sha256 else f"not checked; set {wanted.sha256_variable} to pin it"
+        print(f"fetched {url}, SHA-256 {found} ({checked})", file=sys.stderr)
         with tarfile.open(archive) as tar:
             _extract_sources(tar, scratch)
     except (OSError, urllib.error.URLError, tarfile.TarError) as err:
@@ -321,10 +346,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Find or fetch C++ files that the native build needs.")
     parser.add_argument("what", choices=sorted(THIRD_PARTY))
     parser.add_argument("--into", type=Path, required=True, help="folder for what has to be fetched")
+    parser.add_argument("--release-sha256", metavar="HEX", help="the only SHA-256 to accept of a release archive")
     options = parser.parse_args(arguments)
     try:
-        print(provide(THIRD_PARTY[options.what], options.into.absolute()))
-    except (FetchError, OSError) as err:
+        print(provide(THIRD_PARTY[options.what], options.into.absolute(), options.release_sha256))
+    except (FetchError, ChecksumError, OSError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
     return 0

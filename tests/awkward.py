@@ -119,4 +119,7 @@ def out_of_range_bags(policy: str) -> list[BagCase]:
     for case in cases:
         case.indices[0], case.indices[-1], case.indices[-2] = -1, 2**31 - 1, 7
         case.indices[3] = -(2**31)
-    return cases
+    beyond = csr_case("ids_beyond_32_bits", [[9], [9]], rows=(5, 3), policy=policy)
+    far = [2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30, 2**32 - 1, 2**32, 2**63 - 1, -(2**31) - 1, -(2**63)]
+    beyond.indices[:] = [*far, *far]
+    return [*cases, beyond]

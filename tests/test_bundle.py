@@ -148,6 +148,10 @@ def test_parity_and_plans_are_recorded_and_survive_opening(bundle):
     assert [record.plan for record in again.manifest.plans] == ["engines/b.plan"]
     assert sorted(path.name for path in folder.iterdir()) == ["b.json", "b.plan"]
     assert again.altered_files() == []
+    (folder / "b.plan").write_text("B.plan")
+    Bundle.open(bundle.path)  # a plan is verified by its engine
+    with pytest.raises(BundleError, match=r"b.plan was altered"):
+        Bundle.open(bundle.path, verify="full")
 
 
 def test_changes_of_two_processes_do_not_undo_each_other(bundle):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from dlrm_deploy.bundle import Golden
 from dlrm_deploy.checkpoint import MODEL_PREFIX, Checkpoint, save_checkpoint
 from dlrm_deploy.config import ModelConfig, TableConfig
 from dlrm_deploy.errors import CheckpointError, OutputError
+from dlrm_deploy.export.sources import CheckpointSource
+from dlrm_deploy.files import sha256_file, sha256_folder
 from dlrm_deploy.model.dlrm import DLRM
 from dlrm_deploy.model.keys import table_key
 
@@ -51,6 +54,14 @@ def saved(model, tmp_path):
         golden=Golden(BATCH, model.predict(BATCH)),
     )
     return tmp_path / "step-3"
+
+
+@pytest.fixture
+def bare(saved):
+    """The same as torch alone would have written it: without hashes, reading has to look after itself."""
+    for name in ("files.json", "trainer.json", "golden.npz"):
+        (saved / name).unlink()
+    return saved
 
 
 def write_dcp(folder, state, config=CONFIG):
@@ -195,32 +206,32 @@ def data_file(folder):
     return file
 
 
-def test_truncated_data_is_named(saved):
-    file = data_file(saved)
+def test_truncated_data_is_named(bare):
+    file = data_file(bare)
     file.write_bytes(file.read_bytes()[:200])
-    opened = Checkpoint.open(saved)
+    opened = Checkpoint.open(bare)
     with pytest.raises(CheckpointError, match=r"\.distcp is truncated: .* the file at 200"):
         opened.read(USER)
 
 
-def test_overwritten_data_is_refused(saved):
-    file = data_file(saved)
+def test_overwritten_data_is_refused(bare):
+    file = data_file(bare)
     file.write_bytes(b"\0" * file.stat().st_size)
     with pytest.raises(CheckpointError, match=r"is damaged where model\..*user.weight is stored"):
-        Checkpoint.open(saved).read(USER)
+        Checkpoint.open(bare).read(USER)
 
 
-def test_missing_data_file_is_named(saved):
-    data_file(saved).unlink()
+def test_missing_data_file_is_named(bare):
+    data_file(bare).unlink()
     with pytest.raises(CheckpointError, match="cannot read model.*No such file"):
-        Checkpoint.open(saved).read(USER)
+        Checkpoint.open(bare).read(USER)
 
 
 @pytest.mark.parametrize("length", [0, 10, 300])
-def test_truncated_metadata_is_refused(saved, length):
-    (saved / ".metadata").write_bytes((saved / ".metadata").read_bytes()[:length])
+def test_truncated_metadata_is_refused(bare, length):
+    (bare / ".metadata").write_bytes((bare / ".metadata").read_bytes()[:length])
     with pytest.raises(CheckpointError, match=r"\.metadata is damaged or was not written by"):
-        Checkpoint.open(saved)
+        Checkpoint.open(bare)
 
 
 class Malice:
@@ -232,9 +243,9 @@ class Malice:
 
 
 @pytest.mark.parametrize("place", ["alone", "inside"])
-def test_malicious_metadata_runs_no_code(saved, tmp_path, place):
+def test_malicious_metadata_runs_no_code(bare, tmp_path, place):
     target = tmp_path / "owned"
-    path = saved / ".metadata"
+    path = bare / ".metadata"
     payload = Malice(target)
     if place == "inside":
         metadata = pickle.loads(path.read_bytes())
@@ -242,46 +253,169 @@ def test_malicious_metadata_runs_no_code(saved, tmp_path, place):
         payload = metadata
     path.write_bytes(pickle.dumps(payload))
     with pytest.raises(CheckpointError, match="it names .*open, which no checkpoint needs"):
-        Checkpoint.open(saved)
+        Checkpoint.open(bare)
     assert not target.exists()
     pickle.loads(path.read_bytes())  # the attack works where pickles are trusted
     assert target.exists()
 
 
-def test_malicious_tensor_runs_no_code(saved, tmp_path):
+def test_malicious_tensor_runs_no_code(bare, tmp_path):
     target = tmp_path / "owned"
-    torch.save(Malice(target), data_file(saved))
-    size = data_file(saved).stat().st_size
-    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    torch.save(Malice(target), data_file(bare))
+    size = data_file(bare).stat().st_size
+    metadata = pickle.loads((bare / ".metadata").read_bytes())
     for info in metadata.storage_data.values():
         info.offset, info.length = 0, size
-    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    (bare / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="is damaged where"):
-        Checkpoint.open(saved).read(USER)
+        Checkpoint.open(bare).read(USER)
     assert not target.exists()
 
 
-def test_metadata_may_not_lead_out_of_the_folder(saved, tmp_path):
-    shutil.copy(data_file(saved), tmp_path / "elsewhere")
-    metadata = pickle.loads((saved / ".metadata").read_bytes())
+def test_metadata_may_not_lead_out_of_the_folder(bare, tmp_path):
+    shutil.copy(data_file(bare), tmp_path / "elsewhere")
+    metadata = pickle.loads((bare / ".metadata").read_bytes())
     for info in metadata.storage_data.values():
         info.relative_path = "../elsewhere"
-    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    (bare / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="makes no sense"):
-        Checkpoint.open(saved)
+        Checkpoint.open(bare)
 
 
 def test_damaged_small_files_are_named(saved):
     opened = Checkpoint.open(saved)
-    (saved / "trainer.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"cannot read trainer.json"):
-        opened.trainer_state()
+    for text, message in (
+        ("{", "cannot read trainer.json"),
+        ("[]", r"holds no JSON object, but \[\]"),
+        ("null", "null"),
+    ):
+        (saved / "trainer.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            opened.trainer_state()
     (saved / "golden.npz").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match=r"golden.npz"):
         opened.golden()
-    (saved / "model.toml").write_text(json.dumps({"name": 1}))
+
+
+def test_damaged_model_is_named(bare):
+    (bare / "model.toml").write_text(json.dumps({"name": 1}))
     with pytest.raises(CheckpointError, match=r"is damaged: .*model.toml"):
+        Checkpoint.open(bare)
+
+
+FILES = [".metadata", "__0_0.distcp", "model.toml", "trainer.json", "golden.npz"]
+
+
+def alter(path):
+    """Change one byte that no reader notices: of a value, a name or a number, not of the structure."""
+    content = bytearray(path.read_bytes())
+    place = len(content) // 2
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_files_json_lists_every_other_file(saved):
+    assert sorted(json.loads((saved / "files.json").read_text())["files"]) == sorted(FILES)
+    assert sorted(path.name for path in saved.iterdir()) == sorted(["files.json", *FILES])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_altered_byte_is_refused_and_its_file_named(saved, name):
+    alter(saved / name)
+    with pytest.raises(CheckpointError, match=rf"{name} was altered: its SHA-256 is not the one in files\.json"):
         Checkpoint.open(saved)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_cut_and_missing_files_are_named(saved, name):
+    (saved / name).write_bytes((saved / name).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{name} has \d+ bytes, files\.json says \d+"):
+        Checkpoint.open(saved)
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}"):
+        Checkpoint.open(saved)
+
+
+def test_large_files_are_hashed_before_they_are_loaded_or_exported_not_when_opened(saved, model, monkeypatch):
+    monkeypatch.setattr(module, "AUTO_HASH_BYTES", 0)
+    Checkpoint.open(saved).verify()
+    before = Checkpoint.open(saved).read(USER)
+    content = bytearray(data_file(saved).read_bytes())
+    place = content.index(before.tobytes())
+    content[place] ^= 1  # the last bit of one weight
+    data_file(saved).write_bytes(content)
+    opened = Checkpoint.open(saved)
+    assert (opened.read(USER) != before).sum() == 1  # torch does not notice
+    message = r"\.distcp was altered"
+    with pytest.raises(CheckpointError, match=message):
+        opened.load_into({STATE: torch.zeros(50)})
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointSource(opened)
+
+
+def test_an_export_names_the_checkpoint_by_the_hash_of_its_table_of_files(saved):
+    provenance = CheckpointSource(Checkpoint.open(saved)).provenance()
+    assert provenance == {"source": "checkpoint", "checkpoint_sha256": sha256_file(saved / "files.json")}
+
+
+def test_a_checkpoint_of_torch_alone_has_a_hash_too(bare):
+    assert Checkpoint.open(bare).sha256 == sha256_folder(bare)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.update(format_version=2), "version 2, and this dlrm-deploy reads"),
+        (lambda table: table.pop("format"), "is of format None"),
+        (lambda table: table.pop("files"), "it holds no table of files"),
+        (lambda table: table["files"].pop("__0_0.distcp"), "it does not list __0_0.distcp"),
+        (lambda table: table["files"].pop("golden.npz"), "it does not list golden.npz"),
+        (
+            lambda table: table["files"].update({"../x": {"size": 1, "sha256": ""}}),
+            r"record of '\.\./x' makes no sense",
+        ),
+        (lambda table: table["files"]["model.toml"].update(size="1"), "record of 'model.toml' makes no sense"),
+        (lambda table: table["files"]["model.toml"].pop("size"), "model.toml: missing key size"),
+        (lambda table: table["files"].update({"model.toml": 3}), "model.toml: expected a table of keys, got int"),
+    ],
+)
+def test_a_damaged_table_of_files_is_refused(saved, change, message):
+    table = json.loads((saved / "files.json").read_text())
+    change(table)
+    (saved / "files.json").write_text(json.dumps(table))
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(saved)
+
+
+def test_a_missing_table_of_files_is_refused(saved):
+    (saved / "files.json").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read files\.json"):
+        Checkpoint.open(saved)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from test_checkpoint import CONFIG, DLRM, OutputError, save_checkpoint
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    save_checkpoint(
+        Path(sys.argv[1]), config=CONFIG, tensors=DLRM(CONFIG).named_tensors(), optimizer={}, trainer_state={}
+    )
+except OutputError as err:
+    print(err)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 300, 2000])
+def test_a_write_that_the_system_refuses_is_said_and_leaves_nothing(tmp_path, limit):
+    """With a limit on the size of files, where torch hides what the system said as it does on a full disk."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "run" / "step-1"), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout.startswith(f"cannot write {tmp_path / 'run' / 'step-1'}: File too large."), done.stderr
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_reading_a_table_needs_no_second_buffer(tmp_path):

@@ -169,3 +169,16 @@ def test_what_an_interrupted_overwrite_had_moved_aside_is_not_overwritten_withou
     with pytest.raises(OutputError, match="exists already"), atomic_folder(tmp_path / "bundle"):
         pass
     assert (tmp_path / "bundle" / "manifest.json").read_text() == "old"
+
+
+def test_a_link_is_written_through(tmp_path):
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "manifest.json").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to(real)
+    with atomic_folder(link, overwrite=True) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert link.is_symlink()
+    assert (real / "manifest.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrm_deploy.errors import MissingDependencyError
-from dlrm_deploy.files import atomic_file
+from dlrm_deploy.files import atomic_file, output_errors
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -27,13 +27,20 @@ class RunLog:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         with atomic_file(path) as partial:
             partial.write_text("".join(line + "\n" for line in lines if _step(line) <= step), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with output_errors(path):
+            self._file = path.open("a", encoding="utf-8")
         self._board = _summary_writer(run / TENSORBOARD, step) if tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add one record; numbers but `step` become TensorBoard scalars too."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Add one record; numbers but `step` become TensorBoard scalars too.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with output_errors(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in record.items():
                 if isinstance(value, float):

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dlrm_deploy.config import Interaction, ModelConfig, from_mapping, parse_toml, read_text
+from dlrm_deploy.config import Interaction, ModelConfig, check_bool, from_mapping, parse_toml, read_text
 from dlrm_deploy.data import movielens, random
-from dlrm_deploy.data.dataset import Splits
+from dlrm_deploy.data.dataset import Schema, SparseFeature, Splits
 from dlrm_deploy.errors import ConfigError
 from dlrm_deploy.presets import preset
 
@@ -37,6 +37,10 @@ def _check_count(field: str, value: object, least: int = 1) -> None:
 def _check_text(field: str, value: object) -> None:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{field} must be a text, got {value!r}.")
+
+
+_ANY_DATA = Schema(dense_features=("dense",), features=(SparseFeature(name="sparse", rows=1),))
+"""The least that a dataset can be: layers that make no model for it make none for any other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +73,18 @@ class ModelRecipe:
             if not isinstance(widths, (list, tuple)):
                 raise ConfigError(f"[model] {field} must be a list, got {widths!r}.")
             object.__setattr__(self, field, tuple(widths))
+        check_bool("[model]", "self_interaction", self.self_interaction)
         layers = [f.name for f in fields(self) if f.name not in ("preset", "scale_rows", "file")]
         given = [name for name in layers if getattr(self, name) not in (None, (), False, 0, "dot")]
         if sum([self.preset is not None, self.file is not None, bool(given)]) != 1:
             raise ConfigError(f"[model] needs one of: preset, file, or layers ({', '.join(layers)}).")
         if given and (missing := [n for n in ("name", "width", "bottom_mlp", "top_mlp") if n not in given]):
             raise ConfigError(f"[model] missing key {', '.join(missing)}.")
+        for field in ("preset", "file"):
+            if getattr(self, field) is not None:
+                _check_text(f"[model] {field}", getattr(self, field))
+        if given:
+            _ANY_DATA.model_config(**self.layers())
         _check_number("[model] scale_rows", self.scale_rows, positive=True)
         if self.scale_rows != 1 and self.preset is None:
             raise ConfigError("[model] scale_rows goes with preset.")
@@ -104,6 +114,7 @@ class MovieLensData:
         if self.path is not None:
             _check_text("[data] path", self.path)
         _check_count("[data] seed", self.seed, least=0)
+        check_bool("[data]", "share_item_table", self.share_item_table)
         if self.split not in ("random", "time"):
             raise ConfigError(f"[data] split must be random or time, got {self.split!r}.")
 
@@ -189,7 +200,7 @@ class TrainRecipe:
     """Of the weights and of the order of samples."""
 
     threads: int | None = None
-    """CPU threads; all cores where left out. Another number gives weights that differ in the last bits."""
+    """CPU threads; all cores that the process may use where left out. Another number gives weights that differ in the last bits."""
 
     evaluate_steps: int | None = None
     """Score the validation split after so many steps; at the end of each epoch where left out."""
@@ -209,6 +220,7 @@ class TrainRecipe:
         _check_count("[train] seed", self.seed, least=0)
         for field in ("batch_size", "log_steps"):
             _check_count(f"[train] {field}", getattr(self, field))
+        check_bool("[train]", "tensorboard", self.tensorboard)
         for field in ("epochs", "steps", "threads", "evaluate_steps", "patience", "checkpoint_steps"):
             if getattr(self, field) is not None:
                 _check_count(f"[train] {field}", getattr(self, field))
@@ -248,13 +260,13 @@ class Recipe:
         """
         sections = dict(values)
         data = sections.get("data", {})
-        if not isinstance(data, Mapping) or data.get("kind") not in _DATA:
-            kind = data.get("kind") if isinstance(data, Mapping) else data
+        kind = data.get("kind") if isinstance(data, Mapping) else data
+        if not isinstance(data, Mapping) or not isinstance(kind, str) or kind not in _DATA:
             raise ConfigError(f"{where}, [data]: kind must be one of {', '.join(_DATA)}, got {kind!r}.")
-        kinds = {"model": ModelRecipe, "data": _DATA[data["kind"]], "optimizer": OptimizerRecipe, "train": TrainRecipe}
-        for name, kind in kinds.items():
+        kinds = {"model": ModelRecipe, "data": _DATA[kind], "optimizer": OptimizerRecipe, "train": TrainRecipe}
+        for name, section in kinds.items():
             if name in sections:
-                sections[name] = from_mapping(kind, sections[name], f"{where}, [{name}]")
+                sections[name] = from_mapping(section, sections[name], f"{where}, [{name}]")
         return from_mapping(cls, sections, where)
 
     @classmethod

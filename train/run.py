@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from dlrm_deploy.bundle import Golden
-from dlrm_deploy.checkpoint import MODEL_PREFIX, Checkpoint, save_checkpoint
-from dlrm_deploy.config import ModelConfig
+from dlrm_deploy.checkpoint import MODEL_PREFIX, TRAINER, Checkpoint, save_checkpoint
+from dlrm_deploy.config import ModelConfig, from_mapping
 from dlrm_deploy.data.dataset import Dataset, FloatArray, Splits
-from dlrm_deploy.errors import ConfigError, DlrmDeployError, OutputError
+from dlrm_deploy.errors import CheckpointError, ConfigError, DlrmDeployError, OutputError
 from dlrm_deploy.files import atomic_file, output_errors
 from dlrm_deploy.metrics import auc, calibration, log_loss
 from dlrm_deploy.model.dlrm import DLRM
@@ -95,18 +95,54 @@ class TrainingResult:
     test_calibration: float
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True, slots=True)
 class _State:
-    """What a checkpoint says about the run, besides tensors."""
+    """What `trainer.json` says about the run. Building one from values that make no sense raises `ConfigError`."""
 
-    step: int = 0
-    best_step: int = 0
-    best_auc: float = -1.0
-    best_log_loss: float = math.inf
-    stale: int = 0
+    step: int
+    best_step: int
+    """0 before the first evaluation, and then the next two mean nothing."""
+
+    best_auc: float
+    best_log_loss: float
+    stale: int
     """Evaluations since the best one."""
 
-    stopped: bool = False
+    stopped: bool
+    threads: int
+    """CPU threads. A resumed run takes the same number, on whatever machine."""
+
+    def __post_init__(self) -> None:
+        counts = all(type(n) is int and n >= 0 for n in (self.step, self.best_step, self.stale, self.threads))
+        if (
+            not counts
+            or not _are_finite(self.best_auc, self.best_log_loss)
+            or type(self.stopped) is not bool
+            or self.best_step > self.step
+            or self.threads < 1
+        ):
+            raise ConfigError(f"{TRAINER}: these values make no sense: {asdict(self)}.")
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, step: int) -> _State:
+        """That of the checkpoint of a step.
+
+        Raises:
+            CheckpointError: damaged, or of another step.
+        """
+        try:
+            state = from_mapping(cls, checkpoint.trainer_state(), TRAINER)
+            if state.step != step:
+                raise ConfigError(f"{TRAINER}: it is of step {state.step}, in the folder of step {step}.")
+        except ConfigError as err:
+            raise CheckpointError(
+                f"{checkpoint.path} is damaged: {err} Remove it to go on from an earlier one."
+            ) from err
+        return state
+
+
+def _are_finite(*values: object) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)  # type: ignore[arg-type]
 
 
 def train(recipe: Recipe, out: Path, reporter: Reporter | None = None) -> TrainingResult:
@@ -133,11 +169,24 @@ def train(recipe: Recipe, out: Path, reporter: Reporter | None = None) -> Traini
 
 
 def finished_result(out: Path) -> TrainingResult | None:
-    """The result of the finished run in `out`; None where it is not finished."""
+    """The result of the finished run in `out`; None where it is not finished.
+
+    Raises:
+        TrainingError: `result.json` is damaged.
+    """
+    path = out / RESULT
     try:
-        return TrainingResult(**json.loads((out / RESULT).read_text(encoding="utf-8")))
+        result = from_mapping(TrainingResult, json.loads(path.read_text(encoding="utf-8")), "values")
+        if not _are_finite(*asdict(result).values()):
+            raise ValueError("a value is no number.")
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as err:  # a ConfigError is a ValueError
+        raise TrainingError(
+            f"cannot read {path}: {str(err).rstrip('.')}. Remove it: the same command then scores the best checkpoint "
+            "again, without training."
+        ) from err
+    return result
 
 
 @contextmanager
@@ -179,7 +228,8 @@ class _Run:
         self._recipe = recipe.train
         self._out = out
         self._reporter = reporter
-        torch.set_num_threads(self._recipe.threads or os.cpu_count() or 1)
+        threads = self._recipe.threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads)
         self._config: ModelConfig
         self._splits: Splits
         self._config, self._splits = recipe.load()
@@ -198,7 +248,9 @@ class _Run:
         )
         self._steps_per_epoch = math.ceil(len(self._splits.train) / self._recipe.batch_size)
         self._steps = self._recipe.steps or (self._recipe.epochs or 0) * self._steps_per_epoch
-        self._state = _State()
+        self._state = _State(
+            step=0, best_step=0, best_auc=0.0, best_log_loss=0.0, stale=0, stopped=False, threads=threads
+        )
 
     def resume(self) -> None:
         """Go back to the last checkpoint, if there is one, and forget what came after it."""
@@ -212,6 +264,7 @@ class _Run:
         ]
         if steps:
             checkpoint = Checkpoint.open(self._folder(max(steps)))
+            self._state = _State.read(checkpoint, max(steps))
             if checkpoint.config != self._config:
                 raise ConfigError(
                     f"{self._out} was trained with other data or another model file: {checkpoint.path / 'model.toml'} "
@@ -219,7 +272,7 @@ class _Run:
                 )
             checkpoint.load_into({MODEL_PREFIX + name: tensor for name, tensor in self._model.named_tensors().items()})
             checkpoint.load_into(self._optimizer_tensors())
-            self._state = _State(**checkpoint.trainer_state())
+            torch.set_num_threads(self._state.threads)
             self._keep_best_and_last()
         self._log = RunLog(self._out, self._state.step, self._recipe.tensorboard)
 
@@ -299,7 +352,7 @@ class _Run:
         state = self._state
         probabilities, labels = self._score(self._splits.validation)
         area, loss = auc(labels, probabilities), log_loss(labels, probabilities)
-        improved = area > state.best_auc
+        improved = not state.best_step or area > state.best_auc
         if improved:
             state.best_step, state.best_auc, state.best_log_loss, state.stale = state.step, area, loss, 0
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,11 +23,12 @@ from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.data.random import DISTRIBUTIONS, Distribution
 from dlrm_deploy.engines.engine import Engine
-from dlrm_deploy.engines.registry import ENGINE_NAMES, PLAN_ENGINES, missing_package, open_engine
-from dlrm_deploy.errors import ConfigError, EngineError, MissingDependencyError
+from dlrm_deploy.engines.registry import ENGINE_NAMES, MOST_THREADS, PLAN_ENGINES, missing_package, open_engine
+from dlrm_deploy.errors import BatchError, ConfigError, EngineError, MissingDependencyError
+from dlrm_deploy.model.rounding import derived_limit
 
 REFERENCE = "torch"
-"""Outputs are compared with this engine's where it takes part, else with the first one's."""
+"""Outputs are compared with this engine's where it takes part, else with the first float32 one's."""
 
 Progress = Callable[[str], None]
 
@@ -43,12 +44,12 @@ class BenchSettings:
 
     Raises:
         ConfigError: unknown or repeated engines, a batch size, thread count, number of rounds or slice that is not
-            positive, an unknown distribution, or a baseline that is not among the engines.
+            positive, too many threads, an unknown distribution, or a baseline that is not among the engines.
     """
 
     engines: tuple[str, ...] = field(default_factory=default_engines)
     batch_sizes: tuple[int, ...] = (1, 128, 2048)
-    threads: int = field(default_factory=available_cores)
+    threads: int = field(default_factory=lambda: min(available_cores(), MOST_THREADS))
     distribution: Distribution = "uniform"
     rounds: int = 7
     slice_ms: float = 60.0
@@ -68,6 +69,8 @@ class BenchSettings:
         for kind, least in (("batch size", min(self.batch_sizes)), ("threads", self.threads), ("rounds", self.rounds)):
             if least < 1:
                 raise ConfigError(f"{kind} must be at least 1, got {least}.")
+        if self.threads > MOST_THREADS:
+            raise ConfigError(f"threads must be at most {MOST_THREADS}, got {self.threads}.")
         if not 0 < self.slice_ms <= 60_000:
             raise ConfigError(f"a slice must last between 0 and 60000 ms, got {self.slice_ms}.")
         if self.seed < 0:
@@ -113,7 +116,7 @@ def run_bench(
         progress: called with a word on each step, `steps(settings)` times if every engine opens.
 
     Raises:
-        EngineError: no engine runs here, nor the baseline, or an output is NaN.
+        EngineError: no engine runs here, nor the baseline, or outputs are NaN or not equal within `derived_limit`.
     """
     with ExitStack() as stack:
         engines, not_run = _open_engines(bundle, settings, stack, progress)
@@ -148,8 +151,10 @@ def steps(settings: BenchSettings) -> int:
     return len(settings.engines) + settings.rounds * len(settings.batch_sizes)
 
 
-def _reference(engines: dict[str, Engine]) -> str:
-    return REFERENCE if REFERENCE in engines else next(iter(engines))
+def _reference(engines: Mapping[str, Engine]) -> str:
+    if REFERENCE in engines:
+        return REFERENCE
+    return next((name for name, engine in engines.items() if engine.precision == "fp32"), next(iter(engines)))
 
 
 def _open_engines(
@@ -164,7 +169,7 @@ def _open_engines(
         try:
             engine = stack.enter_context(open_engine(bundle, name, threads=settings.threads, spin=False))
             engine.predict(sample)  # a plan opens without a GPU, and says only here that it cannot execute
-        except (EngineError, MissingDependencyError) as err:
+        except (EngineError, BatchError, MissingDependencyError) as err:
             not_run.append(NotRun(engine=name, batch=None, reason=str(err)))
             continue
         if name not in PLAN_ENGINES:
@@ -216,9 +221,12 @@ def _measure_size(
         distribution=settings.distribution,
         index_dtype=bundle.manifest.index_dtype,
     )
-    differences, not_run = _compare_outputs(engines, batches[0])
+    # A plan takes bags up to some length: what scores the longest bag scores every batch.
+    batch = max(batches, key=lambda batch: int(np.diff(batch.offsets).max(initial=0)))
+    differences, not_run = _compare_outputs(engines, batch, derived_limit(bundle.config))
     if baseline not in differences:
-        raise EngineError(f"the baseline {baseline} cannot run batches of {size}: {not_run[0].reason}")
+        reason = next(n.reason for n in not_run if n.engine == baseline)
+        raise EngineError(f"the baseline {baseline} cannot run batches of {size}: {reason}")
 
     def before_round(round_number: int) -> None:
         progress(f"batch {size}, round {round_number + 1} of {settings.rounds}")
@@ -253,18 +261,18 @@ def _measure_size(
     return rows, not_run
 
 
-def _compare_outputs(engines: dict[str, Engine], batch: Batch) -> tuple[dict[str, float], list[NotRun]]:
+def _compare_outputs(engines: dict[str, Engine], batch: Batch, limit: float) -> tuple[dict[str, float], list[NotRun]]:
     """Largest difference of each engine from the reference, and the engines that cannot score such a batch.
 
     Raises:
-        EngineError: an output is NaN.
+        EngineError: an output is NaN, or a float32 engine's differs from the reference by more than `limit`.
     """
     outputs: dict[str, npt.NDArray[np.float32]] = {}
     not_run = []
     for name, engine in engines.items():
         try:
             outputs[name] = engine.predict(batch)
-        except EngineError as err:
+        except (EngineError, BatchError) as err:
             not_run.append(NotRun(engine=name, batch=batch.batch_size, reason=str(err)))
             continue
         if np.isnan(outputs[name]).any():
@@ -276,5 +284,13 @@ def _compare_outputs(engines: dict[str, Engine], batch: Batch) -> tuple[dict[str
     if not outputs:
         reasons = " ".join(f"{n.engine}: {n.reason}" for n in not_run)
         raise EngineError(f"no engine can run batches of {batch.batch_size}. {reasons}")
-    expected = outputs.get(REFERENCE, next(iter(outputs.values())))
-    return {name: float(np.abs(output - expected).max()) for name, output in outputs.items()}, not_run
+    reference = _reference({name: engines[name] for name in outputs})
+    differences = {name: float(np.abs(output - outputs[reference]).max()) for name, output in outputs.items()}
+    for name, difference in differences.items():
+        if difference > limit and engines[name].precision == "fp32":
+            raise EngineError(
+                f"{name} differs from {reference} by {difference:.2g} on a batch of {batch.batch_size}, and at most "
+                f"{limit:.2g} is rounding: engines that do not compute the same are not compared. See what "
+                f"`dlrm-deploy check --engine {name}` says of this bundle."
+            )
+    return differences, not_run

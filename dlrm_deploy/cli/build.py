@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
+from dlrm_deploy.config import PRECISIONS, Precision
 from dlrm_deploy.engines.registry import PLAN_ENGINES
-from dlrm_deploy.engines.tensorrt.options import DEFAULT_MAX_BATCH, PRECISIONS, TABLES, Precision, Tables
+from dlrm_deploy.engines.tensorrt.options import DEFAULT_MAX_BATCH, TABLES, Tables
 
 
 @click.command()
@@ -17,7 +18,10 @@ from dlrm_deploy.engines.tensorrt.options import DEFAULT_MAX_BATCH, PRECISIONS, 
 @click.option("--engine", type=click.Choice(PLAN_ENGINES), default="tensorrt-rtx", help="Library to build with.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", help="Of MLPs and interaction.")
 @click.option(
-    "--max-batch", type=click.IntRange(min=1), default=DEFAULT_MAX_BATCH, help="Samples that the plan takes at once."
+    "--max-batch",
+    type=click.IntRange(min=1),
+    default=DEFAULT_MAX_BATCH,
+    help="Samples that the plan takes at once; the engine cuts larger batches.",
 )
 @click.option(
     "--max-bag", type=click.IntRange(min=1), help="Ids that a bag can hold.  [default: the longest the model expects]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import click
@@ -13,12 +14,19 @@ from dlrm_deploy.errors import OutputError
 from dlrm_deploy.parity.check import SEED, ParityReport, check_parity
 
 
+def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no limit: give a number such as 1e-3.")
+    return value
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--engine", type=click.Choice(ENGINE_NAMES), default="onnxruntime", help="Engine to check.")
 @click.option(
     "--atol",
     type=click.FloatRange(min=0),
+    callback=_finite,
     help="Absolute error of probabilities to accept.  [default: 1e-6, more for wide models]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=SEED, help="Of the random batches.")

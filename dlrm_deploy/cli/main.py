@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import traceback
 from importlib import import_module
 
 import click
@@ -25,6 +28,14 @@ _COMMANDS = {
 _EXTRAS = {"torch": "train", "tensorboard": "train", "onnx": "export", "matplotlib": "bench"}
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: `timeout`, `docker stop`, a scheduler."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise _Terminated
+
+
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -43,6 +54,8 @@ class _Lazy(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
         except DlrmDeployError as err:
             click.echo(f"Error: {err}", err=True)
             ctx.exit(err.exit_code)
@@ -56,9 +69,23 @@ class _Lazy(click.Group):
                 err=True,
             )
             ctx.exit(DlrmDeployError.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as err:
             click.echo("Interrupted. Nothing half-written was left behind.", err=True)
-            ctx.exit(130)
+            ctx.exit(128 + (signal.SIGTERM if isinstance(err, _Terminated) else signal.SIGINT))
+        except BrokenPipeError:  # the reader, such as `head`, has seen enough: no verdict, and nothing to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(128 + signal.SIGPIPE)
+        except OSError as err:
+            click.echo(f"Error: {err.strerror or err}{f': {err.filename}' if err.filename else ''}.", err=True)
+            ctx.exit(DlrmDeployError.exit_code)
+        except MemoryError as err:
+            click.echo(f"Error: not enough memory here. {err}", err=True)
+            ctx.exit(DlrmDeployError.exit_code)
+        except Exception:
+            # A bug of ours. Not exit code 1, which would read as a verdict.
+            traceback.print_exc()
+            click.echo("Error: this is a bug of dlrm-deploy; please report it with the lines above.", err=True)
+            ctx.exit(DlrmDeployError.exit_code)
 
 
 @click.group(cls=_Lazy, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -67,12 +94,13 @@ def cli() -> None:
     """Take a trained DLRM to production: train, export to ONNX, build TensorRT plans, check parity, measure.
 
     Exit codes of every command: 0 done (and passed), 1 compared and not equal or altered, 2 wrong usage, 3 could not
-    run. Errors name what was seen, what was expected and what to do.
+    run, 130 interrupted. Errors name what was seen, what was expected and what to do.
     """
 
 
 def main() -> None:
-    """Entry point of the `dlrm-deploy` script."""
+    """Entry point of the `dlrm-deploy` script. Being terminated cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(cli())
 
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlrm_deploy.batch import Batch
-from dlrm_deploy.config import ModelConfig
+from dlrm_deploy.config import ModelConfig, TableGroup
 from dlrm_deploy.errors import BatchError, ConfigError
 from dlrm_deploy.model.keys import bottom_keys, cross_keys, dense_shapes, table_key, top_keys
 from dlrm_deploy.ops import torch_ops
+from dlrm_deploy.ops.contract import BagAttributes
 
 _INIT_ROWS = 1 << 16
 
@@ -63,7 +64,8 @@ class DLRM(nn.Module):
         self.bottom = nn.ModuleList(_linear(shapes[weight], generator) for weight, _ in bottom_keys(config))
         self.cross = nn.ModuleList(_CrossLayer(shapes[w], generator) for w, _, _ in cross_keys(config))
         self.top = nn.ModuleList(_linear(shapes[weight], generator) for weight, _ in top_keys(config))
-        self._slots = [_Slots(config, index) for index in range(len(self._groups))]
+        self._csr = [_attributes(config, group, None) for group in self._groups]
+        self._fixed = [_attributes(config, group, config.pooling_factors) for group in self._groups]
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every weight under its checkpoint key; tables are row views of their group's matrix."""
@@ -95,24 +97,11 @@ class DLRM(nn.Module):
 
     def pool(self, indices: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> list[Tensor]:
         """The pooled embeddings [B, T, W] of each group."""
-        op = torch_ops.table_batched_embedding_bag if _as_nodes() else torch_ops.pool_bags
-        pooling_factors = None if offsets is not None else self.config.pooling_factors
-        return [
-            op(
-                matrix,
-                indices,
-                offsets,
-                weights,
-                len(self.config.features),
-                slots.features,
-                slots.row_starts,
-                slots.rows,
-                slots.mean,
-                pooling_factors,
-                self.config.index_policy,
-            )
-            for matrix, slots in zip(self.group_weights, self._slots, strict=True)
-        ]
+        groups = list(zip(self.group_weights, self._fixed if offsets is None else self._csr, strict=True))
+        if _as_nodes():
+            node = torch_ops.table_batched_embedding_bag
+            return [node(matrix, indices, offsets, weights, *attributes) for matrix, attributes in groups]
+        return [torch_ops.pool_bags(matrix, indices, offsets, weights, attributes) for matrix, attributes in groups]
 
     def score(self, dense: Tensor, pooled: Sequence[Tensor]) -> Tensor:
         """Logits [B] from dense values [B, D] and the pooled embeddings of each group."""
@@ -166,17 +155,18 @@ class DLRM(nn.Module):
         return [vectors[slot] for slot in sorted(vectors)]
 
 
-class _Slots:
+def _attributes(config: ModelConfig, group: TableGroup, pooling_factors: tuple[int, ...] | None) -> BagAttributes:
     """The operator's attributes for one table group."""
-
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        group = config.groups[index]
-        features = [config.features[slot] for slot in group.slots]
-        tables = [config.table(feature.table) for feature in features]
-        self.features = list(group.slots)
-        self.row_starts = [group.rows_of(table.name).start for table in tables]
-        self.rows = [table.rows for table in tables]
-        self.mean = [int(feature.pooling == "mean") for feature in features]
+    features = [config.features[slot] for slot in group.slots]
+    return BagAttributes(
+        num_features=len(config.features),
+        features=group.slots,
+        row_starts=tuple(group.rows_of(feature.table).start for feature in features),
+        rows=tuple(config.table(feature.table).rows for feature in features),
+        mean=tuple(int(feature.pooling == "mean") for feature in features),
+        pooling_factors=pooling_factors,
+        index_policy=config.index_policy,
+    )
 
 
 def _as_nodes() -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlrm_deploy.config import INDEX_POLICIES
 from dlrm_deploy.errors import BatchError
+from dlrm_deploy.ops.contract import BagAttributes, check_interaction
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -57,16 +57,9 @@ def table_batched_embedding_bag(
         BatchError: an input or attribute breaks the contract, or an id is outside its table under policy
             `error`.
     """
-    _check_array("weights", weights, 2, ("float32",))
-    _check_array("indices", indices, 1, ("int32", "int64"))
-    _check_attributes(len(weights), num_features, features, row_starts, rows, mean, index_policy)
-    if per_sample_weights is not None:
-        _check_array("per_sample_weights", per_sample_weights, 1, ("float32",))
-        if per_sample_weights.size != indices.size:
-            raise BatchError(f"per_sample_weights has {per_sample_weights.size} values for {indices.size} ids.")
-        if any(mean):
-            raise BatchError("per_sample_weights go with sum pooling, but a slot has mean = 1.")
-    bounds = _bag_bounds(indices, offsets, num_features, pooling_factors)  # [F, B + 1]
+    attributes = BagAttributes(num_features, features, row_starts, rows, mean, pooling_factors, index_policy)
+    attributes.check(weights, indices, offsets, per_sample_weights)
+    bounds = _bag_bounds(indices, offsets, attributes)  # [F, B + 1]
     ids = indices.astype(np.int64)
     if index_policy == "error":
         _check_ids(ids, bounds, features, rows, feature_names)
@@ -107,10 +100,7 @@ def dot_interaction(dense: FloatArray, embeddings: FloatArray, *, self_interacti
     Raises:
         BatchError: a wrong type or rank, or widths or batch sizes that differ.
     """
-    _check_array("dense", dense, 2, ("float32",))
-    _check_array("embeddings", embeddings, 3, ("float32",))
-    if (len(dense), dense.shape[1]) != (len(embeddings), embeddings.shape[2]):
-        raise BatchError(f"dense [B, D] and embeddings [B, T, D] do not match: {dense.shape} and {embeddings.shape}.")
+    check_interaction(dense, embeddings)
     x_BVD = np.concatenate([dense[:, None], embeddings], axis=1)
     pieces = [dense]
     for i in range(x_BVD.shape[1]):
@@ -119,71 +109,17 @@ def dot_interaction(dense: FloatArray, embeddings: FloatArray, *, self_interacti
     return np.concatenate(pieces, axis=1)
 
 
-def _check_array(name: str, value: object, rank: int, dtypes: tuple[str, ...]) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype.name not in dtypes or value.ndim != rank:
-        seen = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-        raise BatchError(f"{name} must be a {' or '.join(dtypes)} array of rank {rank}, got {seen}.")
-
-
-def _check_attributes(
-    group_rows: int,
-    num_features: int,
-    features: Sequence[int],
-    row_starts: Sequence[int],
-    rows: Sequence[int],
-    mean: Sequence[int],
-    index_policy: str,
-) -> None:
-    if num_features < 1:
-        raise BatchError(f"num_features must be at least 1, got {num_features}.")
-    if not len(features) == len(row_starts) == len(rows) == len(mean):
-        raise BatchError(
-            "features, row_starts, rows and mean need one value per slot, got "
-            f"{len(features)}, {len(row_starts)}, {len(rows)} and {len(mean)}."
-        )
-    for t, (feature, start, count, flag) in enumerate(zip(features, row_starts, rows, mean, strict=True)):
-        if not 0 <= feature < num_features:
-            raise BatchError(f"slot {t}: feature {feature} is outside [0, {num_features}).")
-        if start < 0 or count < 1 or start + count > group_rows:
-            raise BatchError(
-                f"slot {t}: rows {start} to {start + count} are not within the {group_rows} rows of weights."
-            )
-        if flag not in (0, 1):
-            raise BatchError(f"slot {t}: mean must be 0 or 1, got {flag}.")
-    if index_policy not in INDEX_POLICIES:
-        raise BatchError(f"index_policy must be one of {', '.join(INDEX_POLICIES)}, got {index_policy!r}.")
-
-
-def _bag_bounds(
-    indices: npt.NDArray[Any],
-    offsets: npt.NDArray[Any] | None,
-    num_features: int,
-    pooling_factors: Sequence[int] | None,
-) -> IntArray:
+def _bag_bounds(indices: npt.NDArray[Any], offsets: npt.NDArray[Any] | None, attributes: BagAttributes) -> IntArray:
     """[F, B + 1]: the bag of feature f and sample b owns indices[bounds[f, b]:bounds[f, b + 1]]."""
-    if (offsets is None) == (pooling_factors is None):
-        raise BatchError("give either offsets or pooling_factors.")
+    bounds: IntArray
     if offsets is None:
-        assert pooling_factors is not None
-        if len(pooling_factors) != num_features or min(pooling_factors) < 0 or sum(pooling_factors) < 1:
-            raise BatchError(
-                f"pooling_factors must be {num_features} numbers of ids, not all zero, got {list(pooling_factors)}."
-            )
-        B, rest = divmod(indices.size, sum(pooling_factors))
-        if rest:
-            raise BatchError(
-                f"{indices.size} ids are not a multiple of {sum(pooling_factors)}, the sum of the pooling factors."
-            )
-        starts: IntArray = B * np.cumsum([0, *pooling_factors[:-1]])
-        lengths = np.array(pooling_factors, np.int64)
-        return starts[:, None] + lengths[:, None] * np.arange(B + 1)
-    _check_array("offsets", offsets, 1, (indices.dtype.name,))
-    B, rest = divmod(offsets.size - 1, num_features)
-    if offsets.size == 0 or rest:
-        raise BatchError(f"offsets must have {num_features} * B + 1 values, got {offsets.size}.")
-    if offsets[0] != 0 or offsets[-1] != indices.size or (offsets[1:] < offsets[:-1]).any():
-        raise BatchError(f"offsets must rise from 0 to {indices.size}.")
-    bounds: IntArray = offsets.astype(np.int64)[np.arange(num_features)[:, None] * B + np.arange(B + 1)]
+        assert attributes.pooling_factors is not None  # one of the two is there
+        lengths = np.array(attributes.pooling_factors, np.int64)
+        B = indices.size // int(lengths.sum())
+        bounds = (B * (np.cumsum(lengths) - lengths))[:, None] + lengths[:, None] * np.arange(B + 1)
+    else:
+        B = (offsets.size - 1) // attributes.num_features
+        bounds = offsets.astype(np.int64)[np.arange(attributes.num_features)[:, None] * B + np.arange(B + 1)]
     return bounds
 
 

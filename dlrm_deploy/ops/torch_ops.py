@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dlrm_deploy.config import INDEX_POLICIES
 from dlrm_deploy.errors import BatchError
+from dlrm_deploy.ops.contract import BagAttributes, check_interaction
 
 
 class _Bags(NamedTuple):
@@ -45,18 +45,9 @@ def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def _resolve_bags(
-    indices: Tensor,
-    offsets: Tensor | None,
-    num_features: int,
-    features: Sequence[int],
-    row_starts: Sequence[int],
-    rows: Sequence[int],
-    mean: Sequence[int],
-    pooling_factors: Sequence[int] | None,
-    index_policy: str,
-) -> _Bags:
+def _resolve_bags(indices: Tensor, offsets: Tensor | None, attributes: BagAttributes) -> _Bags:
     """Follow the index policy and turn ids of tables into rows of the group's matrix."""
+    num_features, features, row_starts, rows, mean, pooling_factors, index_policy = attributes
     device = indices.device
     ids_N = indices.long()  # rows are addressed in 64 bits
     if offsets is None:
@@ -145,13 +136,7 @@ def pool_bags(
     indices: Tensor,
     offsets: Tensor | None,
     per_sample_weights: Tensor | None,
-    num_features: int,
-    features: Sequence[int],
-    row_starts: Sequence[int],
-    rows: Sequence[int],
-    mean: Sequence[int],
-    pooling_factors: Sequence[int] | None,
-    index_policy: str,
+    attributes: BagAttributes,
 ) -> Tensor:
     """Pool all bags of one table group, without a gradient; inputs as in docs/operators.md.
 
@@ -163,10 +148,8 @@ def pool_bags(
     Raises:
         BatchError: an id is outside its table under policy `error`.
     """
-    bags = _resolve_bags(
-        indices, offsets, num_features, features, row_starts, rows, mean, pooling_factors, index_policy
-    )
-    return _pool(weights, bags, per_sample_weights).view(len(features), -1, weights.shape[1]).transpose(0, 1)
+    pooled = _pool(weights, _resolve_bags(indices, offsets, attributes), per_sample_weights)
+    return pooled.view(len(attributes.features), -1, weights.shape[1]).transpose(0, 1)
 
 
 def _pool(weights: Tensor, bags: _Bags, per_sample_weights: Tensor | None) -> Tensor:
@@ -213,124 +196,39 @@ _SCHEMA = (
 
 @torch.library.custom_op("dlrm_deploy::table_batched_embedding_bag", mutates_args=(), schema=_SCHEMA)
 def table_batched_embedding_bag(
-    weights: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    num_features: int,
-    features: Sequence[int],
-    row_starts: Sequence[int],
-    rows: Sequence[int],
-    mean: Sequence[int],
-    pooling_factors: Sequence[int] | None,
-    index_policy: str,
+    weights: Tensor, indices: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None, *attributes: Any
 ) -> Tensor:
-    """`pool_bags` as one differentiable node that checks all of its inputs. Returns [B, T, D]."""
-    _check_bags(indices, offsets, per_sample_weights, num_features, pooling_factors, mean)
-    _check_slots(weights, num_features, features, row_starts, rows, mean, index_policy)
-    pooled_BTD = pool_bags(
-        weights,
-        indices,
-        offsets,
-        per_sample_weights,
-        num_features,
-        features,
-        row_starts,
-        rows,
-        mean,
-        pooling_factors,
-        index_policy,
-    )
-    return pooled_BTD.contiguous()
+    """`pool_bags` as one differentiable node that checks all of its inputs; `attributes` are those of `BagAttributes`.
 
-
-def _check_bags(
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    num_features: int,
-    pooling_factors: Sequence[int] | None,
-    mean: Sequence[int],
-) -> None:
-    ids = indices.numel()
-    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
-        raise BatchError(f"indices must be int32 or int64 of rank 1, got {indices.dtype} {tuple(indices.shape)}.")
-    if (offsets is None) == (pooling_factors is None):
-        raise BatchError("give either offsets or pooling_factors.")
-    if num_features < 1:
-        raise BatchError(f"num_features must be at least 1, got {num_features}.")
-    if offsets is not None:
-        if offsets.dim() != 1 or offsets.dtype != indices.dtype:
-            raise BatchError(f"offsets must be {indices.dtype} of rank 1, got {offsets.dtype} {tuple(offsets.shape)}.")
-        if offsets.numel() % num_features != 1 % num_features or offsets.numel() == 0:
-            raise BatchError(f"offsets must have {num_features} * B + 1 values, got {offsets.numel()}.")
-        if offsets[0] != 0 or offsets[-1] != ids or (offsets[1:] < offsets[:-1]).any():
-            raise BatchError(f"offsets must rise from 0 to {ids}.")
-    if pooling_factors is not None:
-        if len(pooling_factors) != num_features or min(pooling_factors) < 0 or sum(pooling_factors) < 1:
-            raise BatchError(f"pooling_factors must be {num_features} numbers of ids, got {pooling_factors}.")
-        if ids % sum(pooling_factors):
-            raise BatchError(f"{ids} ids are not a multiple of {sum(pooling_factors)}, the sum of pooling_factors.")
-    if per_sample_weights is not None:
-        if per_sample_weights.shape != indices.shape:
-            raise BatchError(f"per_sample_weights has shape {tuple(per_sample_weights.shape)} for {ids} ids.")
-        if any(mean):
-            raise BatchError("per_sample_weights go with sum pooling, but a slot has mean = 1.")
-
-
-def _check_slots(
-    weights: Tensor,
-    num_features: int,
-    features: Sequence[int],
-    row_starts: Sequence[int],
-    rows: Sequence[int],
-    mean: Sequence[int],
-    index_policy: str,
-) -> None:
-    if weights.dim() != 2 or not weights.is_floating_point():
-        raise BatchError(f"weights must be floating point of rank 2, got {weights.dtype} {tuple(weights.shape)}.")
-    if not len(features) == len(row_starts) == len(rows) == len(mean):
-        raise BatchError("features, row_starts, rows and mean need one value per slot.")
-    for t, (feature, start, count) in enumerate(zip(features, row_starts, rows, strict=True)):
-        if not 0 <= feature < num_features:
-            raise BatchError(f"slot {t}: feature {feature} is outside [0, {num_features}).")
-        if start < 0 or count < 1 or start + count > len(weights):
-            raise BatchError(f"slot {t}: rows {start} to {start + count} are not within the {len(weights)} rows.")
-    if index_policy not in INDEX_POLICIES:
-        raise BatchError(f"index_policy must be one of {', '.join(INDEX_POLICIES)}, got {index_policy!r}.")
+    Returns [B, T, D].
+    """
+    node = BagAttributes(*attributes)
+    node.check(weights, indices, offsets, per_sample_weights)
+    return pool_bags(weights, indices, offsets, per_sample_weights, node).contiguous()
 
 
 @table_batched_embedding_bag.register_fake
 def _(
-    weights: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    per_sample_weights: Tensor | None,
-    num_features: int,
-    features: Sequence[int],
-    row_starts: Sequence[int],
-    rows: Sequence[int],
-    mean: Sequence[int],
-    pooling_factors: Sequence[int] | None,
-    index_policy: str,
+    weights: Tensor, indices: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None, *attributes: Any
 ) -> Tensor:
+    node = BagAttributes(*attributes)
     if offsets is not None:
-        B = (offsets.shape[0] - 1) // num_features
+        B = (offsets.shape[0] - 1) // node.num_features
     else:
-        assert pooling_factors is not None
-        B = indices.shape[0] // sum(pooling_factors)
-    return weights.new_empty(B, len(features), weights.shape[1])
+        assert node.pooling_factors is not None
+        B = indices.shape[0] // sum(node.pooling_factors)
+    return weights.new_empty(B, len(node.features), weights.shape[1])
 
 
 def _save_bags(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weights, indices, offsets, per_sample_weights, *attributes = inputs
     ctx.save_for_backward(weights, indices, offsets, per_sample_weights)
-    ctx.attributes = attributes
+    ctx.attributes = BagAttributes(*attributes)
 
 
 def _bags_backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
     weights, indices, offsets, per_sample_weights = ctx.saved_tensors
-    bags = _resolve_bags(indices, offsets, *ctx.attributes)
+    bags = _resolve_bags(indices, offsets, ctx.attributes)
     grad_TBD = grad_BTD.transpose(0, 1).reshape(-1, weights.shape[1])
     if bags.divisors is not None:
         grad_TBD = grad_TBD / bags.divisors
@@ -364,16 +262,7 @@ table_batched_embedding_bag.register_autograd(_bags_backward, setup_context=_sav
 )
 def dot_interaction(dense: Tensor, embeddings: Tensor, self_interaction: bool) -> Tensor:
     """`interact` as one differentiable node that checks its inputs. Returns [B, D + P]."""
-    if (
-        dense.dim() != 2
-        or embeddings.dim() != 3
-        or dense.shape != (embeddings.shape[0], embeddings.shape[2])
-        or dense.dtype != embeddings.dtype
-    ):
-        raise BatchError(
-            f"dense [B, D] and embeddings [B, T, D] do not match: {dense.dtype} {tuple(dense.shape)} and "
-            f"{embeddings.dtype} {tuple(embeddings.shape)}."
-        )
+    check_interaction(dense, embeddings)
     return interact(dense, embeddings, self_interaction)
 
 

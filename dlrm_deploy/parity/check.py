@@ -10,7 +10,6 @@ Main path: `check_parity` -> `_cases` -> `_run` for each. docs/check.md explains
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,12 +20,11 @@ import numpy as np
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
-from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.engines.registry import missing_package, open_engine
 from dlrm_deploy.errors import BatchError, EngineError
-from dlrm_deploy.model.keys import dense_shapes
+from dlrm_deploy.model.rounding import derived_limit
 from dlrm_deploy.parity.batches import awkward_batches, out_of_range_batch
 from dlrm_deploy.parity.compare import FloatArray, OutputParity, compare
 
@@ -34,21 +32,7 @@ SIZES = (0, 1, 2, 37, 2048)
 SEED = 20190531
 """Of the random batches; any other number will do."""
 
-LEAST_LIMIT = 1e-6
-
 _IDS_ROWS = 37
-
-
-def derived_limit(config: ModelConfig) -> float:
-    """Absolute difference of two float32 probabilities to accept: `LEAST_LIMIT`, or more where layers are wide.
-
-    Two correct engines differ by the order of their float32 sums. A sum of n terms moves by about sqrt(n) * 2^-24 of
-    its size, and the sigmoid's slope is at most 1/4: behind sums of n_1, n_2, ... terms a logit of size 1 moves the
-    probability by about sqrt(n_1 + n_2 + ...) * 2^-26. That is 6.6e-7 for `kaggle` and 2.1e-6 for `mlperf-v2`.
-    """
-    terms = sum(shape[1] for shape in dense_shapes(config).values() if len(shape) == 2)
-    terms += max(feature.longest_bag for feature in config.features)
-    return max(LEAST_LIMIT, math.sqrt(terms) * 2.0**-26)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -23,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dlrm_deploy.bundle import MODEL, Bundle, PlanRecord
-from dlrm_deploy.config import ModelConfig
+from dlrm_deploy.config import PRECISIONS, ModelConfig, Precision
 from dlrm_deploy.engines.tensorrt import cuda, worker
 from dlrm_deploy.engines.tensorrt.header import read_header
-from dlrm_deploy.engines.tensorrt.host import plan_feed
+from dlrm_deploy.engines.tensorrt.host import plan_feeds
 from dlrm_deploy.engines.tensorrt.layers import PlanLayer
 from dlrm_deploy.engines.tensorrt.library import MODULES, builds_without_gpu, import_library
-from dlrm_deploy.engines.tensorrt.options import DEFAULT_MAX_BATCH, PRECISIONS, Precision, Tables
+from dlrm_deploy.engines.tensorrt.options import DEFAULT_MAX_BATCH, Tables
 from dlrm_deploy.engines.tensorrt.sidecar import (
     SCHEMA_VERSION,
     FileRef,
@@ -40,7 +41,7 @@ from dlrm_deploy.engines.tensorrt.sidecar import (
     TableInput,
 )
 from dlrm_deploy.errors import BatchError, EngineError, MissingDependencyError
-from dlrm_deploy.files import atomic_file, output_errors, sha256_file
+from dlrm_deploy.files import atomic_file, locked, output_errors, sha256_file
 
 if TYPE_CHECKING:
     import onnx
@@ -77,7 +78,7 @@ def build_plan(
         bundle: an opened bundle. An earlier plan of the same engine is replaced once the new one is complete.
         engine: "tensorrt-rtx" or "tensorrt".
         precision: number format of MLPs and interaction: "fp32", "fp16" or "bf16".
-        max_batch: samples that the plan takes at once.
+        max_batch: samples that the plan takes at once; the engine cuts larger batches.
         max_bag: ids that a bag can hold; None for the longest that the model's features expect. Without meaning
             where all pooling factors are fixed.
         tables: "constant" puts the tables into the plan, "input" makes them inputs of it, "auto" decides by size.
@@ -196,7 +197,7 @@ def check_graph(
     differences = []
     for row in range(golden.batch.batch_size):
         try:
-            feed = plan_feed(golden.batch.rows(row, row + 1), bundle.config, max_bag, profile.batch[2])
+            (feed,) = plan_feeds(golden.batch.rows(row, row + 1), bundle.config, max_bag, profile.batch[2])
         except BatchError:
             continue
         (actual,) = session.run(None, {**feed, **tables})
@@ -307,16 +308,30 @@ def _store(bundle: Bundle, plan: Path, stem: str, sidecar: Sidecar) -> PlanRecor
     text = sidecar.to_json()
     sidecar_name = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     record = PlanRecord(engine=sidecar.engine, plan=sidecar.plan.file, sidecar=sidecar_name)
-    written = [name for name in (record.plan, record.sidecar) if name not in bundle.manifest.files]
-    try:
-        with atomic_file(bundle.path / record.plan) as partial:
-            shutil.copyfile(plan, partial)
-        with atomic_file(bundle.path / record.sidecar) as partial:
-            partial.write_text(text, encoding="utf-8")
-        bundle.add_plan(record)
-    except BaseException:
-        for name in written:
-            with suppress(OSError):
-                (bundle.path / name).unlink()
-        raise
+    folder = bundle.path / "engines"
+    with output_errors(folder):
+        folder.mkdir(exist_ok=True)
+        with locked(folder):  # files that are not listed yet belong to whoever holds it
+            written = [name for name in (record.plan, record.sidecar) if name not in bundle.manifest.files]
+            try:
+                with atomic_file(bundle.path / record.plan) as partial:
+                    shutil.copyfile(plan, partial)
+                with atomic_file(bundle.path / record.sidecar) as partial:
+                    partial.write_text(text, encoding="utf-8")
+                bundle.add_plan(record)
+            except BaseException:
+                for name in written:
+                    with suppress(OSError):
+                        (bundle.path / name).unlink()
+                raise
+            _remove_unlisted(bundle, folder, sidecar.engine)
     return record
+
+
+def _remove_unlisted(bundle: Bundle, folder: Path, engine: str) -> None:
+    """Remove plans and sidecars of an engine that the manifest does not name: left by builds that were killed."""
+    name_of = re.compile(rf"\.?{engine}-({'|'.join(PRECISIONS)})-[0-9a-f]{{12}}\.(plan|json)(\.partial-\d+)?")
+    for path in folder.iterdir():
+        if name_of.fullmatch(path.name) and f"engines/{path.name}" not in bundle.manifest.files:
+            with suppress(OSError):  # the new plan is complete and listed, whatever becomes of old files
+                path.unlink()

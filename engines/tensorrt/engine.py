@@ -18,7 +18,7 @@ from dlrm_deploy.bundle import MODEL, Bundle, PlanRecord
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.engines.tensorrt import cuda
 from dlrm_deploy.engines.tensorrt.header import read_header
-from dlrm_deploy.engines.tensorrt.host import plan_feed
+from dlrm_deploy.engines.tensorrt.host import plan_feeds
 from dlrm_deploy.engines.tensorrt.library import MODULES, import_library, log_of
 from dlrm_deploy.engines.tensorrt.sidecar import Sidecar
 from dlrm_deploy.errors import BundleError, EngineError
@@ -88,7 +88,7 @@ class TensorRTEngine(Engine):
         if batch.batch_size == 0:
             return np.zeros(0, np.float32)
         sidecar = self.sidecar
-        feed = plan_feed(batch, self.bundle.config, sidecar.max_bag, sidecar.profile.batch[2])
+        feeds = plan_feeds(batch, self.bundle.config, sidecar.max_bag, sidecar.profile.batch[2])
         if self._execution is None:
             if cuda.device_count() == 0:
                 raise EngineError(
@@ -97,7 +97,7 @@ class TensorRTEngine(Engine):
                     f"`dlrm-deploy check {self.bundle.path} --engine onnxruntime`."
                 )
             self._execution = _Execution(self._module, self._plan, sidecar, self.bundle)
-        return self._execution.run(feed)
+        return np.concatenate([self._execution.run(feed) for feed in feeds])
 
     def implementations(self) -> dict[str, str]:
         """From the layers that the build reported: our operators are lowered to standard ones, never plugins."""
@@ -107,10 +107,14 @@ class TensorRTEngine(Engine):
         return dict.fromkeys(self.bundle.manifest.operators, f"lowered into {where}, {self.sidecar.precision}")
 
     @property
+    def precision(self) -> str:
+        return self.sidecar.precision
+
+    @property
     def version(self) -> str:
         return f"{MODULES[self.name]} {self._module.__version__}"
 
-    def close(self) -> None:
+    def _release(self) -> None:
         if self._execution is not None:
             self._execution.close()
             self._execution = None

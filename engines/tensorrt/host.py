@@ -1,10 +1,11 @@
-"""Turns a batch into the host arrays that a plan takes, and refuses what the plan cannot hold.
+"""Turns a batch into the host arrays that a plan takes, in pieces where it is large, and refuses what cannot be scored.
 
 A GPU kernel cannot report a bad id, so everything is checked here, before anything runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,12 @@ from dlrm_deploy.errors import BatchError
 _INT32 = np.iinfo(np.int32)
 
 
-def plan_feed(batch: Batch, config: ModelConfig, max_bag: int | None, max_batch: int) -> dict[str, npt.NDArray[Any]]:
-    """The inputs of a plan, by name, without its tables.
+def plan_feeds(
+    batch: Batch, config: ModelConfig, max_bag: int | None, max_batch: int
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """The inputs of a plan, by name, without its tables: one feed for each `max_batch` samples, in order.
+
+    The whole batch is checked by the call itself; each feed is made when it is asked for.
 
     Args:
         batch: fits `config` (`Batch.check_fits`), and holds at least one sample.
@@ -27,22 +32,29 @@ def plan_feed(batch: Batch, config: ModelConfig, max_bag: int | None, max_batch:
         max_batch: samples that the plan takes at once.
 
     Returns:
-        dense [B, D] float32, indices [max(N, 1)] int32, and where the model has them offsets [F * B + 1] int32 and
-        weights [max(N, 1)] float32. A plan takes no empty input: a batch without ids gets one that no bag owns.
+        Of B samples with N ids each: dense [B, D] float32, indices [max(N, 1)] int32, and where the model has them
+        offsets [F * B + 1] int32 and weights [max(N, 1)] float32. A plan takes no empty input: samples without ids get
+        one that no bag owns.
 
     Raises:
-        BatchError: too many samples, a bag that is too long, or under index policy error an id outside its table.
+        BatchError: a bag that is too long, or under index policy error an id outside its table.
     """
-    if batch.batch_size > max_batch:
-        raise BatchError(
-            f"the batch has {batch.batch_size} samples, and the plan takes at most {max_batch}. Split the batch, or "
-            f"build the plan with --max-batch {batch.batch_size}."
-        )
     if max_bag is not None:
         _check_bags(batch, config, max_bag)
+    if config.index_policy == "error" and (bad_ids := batch.explain_bad_ids(config)):
+        raise BatchError(bad_ids)
+    size = batch.batch_size
+    if size <= max_batch:
+        return iter((_feed(batch, config, max_bag is not None),))
+    pieces = (batch.rows(start, min(start + max_batch, size)) for start in range(0, size, max_batch))
+    return (_feed(piece, config, max_bag is not None) for piece in pieces)
+
+
+def _feed(batch: Batch, config: ModelConfig, ragged: bool) -> dict[str, npt.NDArray[Any]]:
+    """The inputs for a batch that was checked and that the plan takes at once."""
     indices = _narrow(batch, config)
     feed: dict[str, npt.NDArray[Any]] = {"dense": batch.dense, "indices": _never_empty(indices)}
-    if max_bag is not None:
+    if ragged:
         feed["offsets"] = batch.offsets.astype(np.int32, copy=False)
     if batch.weights is not None:
         feed["weights"] = _never_empty(batch.weights)
@@ -64,11 +76,7 @@ def _check_bags(batch: Batch, config: ModelConfig, max_bag: int) -> None:
 def _narrow(batch: Batch, config: ModelConfig) -> npt.NDArray[np.int32]:
     """Ids as int32 that stand for the same rows under the index policy."""
     ids = batch.indices
-    if config.index_policy == "error":
-        bad_ids = batch.explain_bad_ids(config)
-        if bad_ids:
-            raise BatchError(bad_ids)
-    elif ids.size and (ids.min() < _INT32.min or ids.max() > _INT32.max):
+    if config.index_policy != "error" and ids.size and (ids.min() < _INT32.min or ids.max() > _INT32.max):
         if config.index_policy == "modulo":
             counts = np.diff(batch.offsets[:: batch.batch_size])
             return (ids % np.repeat(np.array(config.feature_rows, np.int64), counts)).astype(np.int32)

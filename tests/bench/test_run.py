@@ -3,12 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dlrm_deploy.batch import Batch
 from dlrm_deploy.bench import run as bench_run
 from dlrm_deploy.bench.calibration import Calibration
 from dlrm_deploy.bench.run import BenchSettings, default_engines, run_bench, steps
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.engines.registry import ENGINE_NAMES
-from dlrm_deploy.errors import BundleError, ConfigError, EngineError, MissingDependencyError
+from dlrm_deploy.errors import BatchError, BundleError, ConfigError, EngineError, MissingDependencyError
 
 CPU_ENGINES = ("torch", "onnxruntime-stock", "onnxruntime")
 CALIBRATION = Calibration(fma_gflops=200.0, stream_gb_per_s=10.0, gather_gb_per_s=5.0, row_bytes=64, gather_bytes=4096)
@@ -30,14 +31,24 @@ class Constant(Engine):
 
     name = "onnxruntime"
     version = "constant 1"
+    precision = "fp32"
 
-    def __init__(self, bundle, value: float, fail_from: int | None = None, reason: str = "no GPU here") -> None:
+    def __init__(
+        self,
+        bundle,
+        value: float,
+        fail_from: int | None = None,
+        reason: str = "no GPU here",
+        error: type[Exception] = EngineError,
+        precision: str = "fp32",
+    ) -> None:
         super().__init__(bundle, threads=1)
+        self.error, self.precision = error, precision
         self.value, self.fail_from, self.reason, self.closed = value, fail_from, reason, False
 
     def _run(self, batch):
         if self.fail_from is not None and batch.batch_size >= self.fail_from:
-            raise EngineError(self.reason)
+            raise self.error(self.reason)
         return np.full(batch.batch_size, self.value, np.float32)
 
     def implementations(self):
@@ -95,10 +106,37 @@ def test_the_first_engine_is_the_baseline_unless_another_is_named(dot_bundle):
 
 
 def test_differences_are_reported_from_the_reference(dot_bundle, engines):
-    engines({"onnxruntime": Constant(dot_bundle, 0.5), "torch": Constant(dot_bundle, 0.25)})
+    near = float(np.float32(0.25) + np.float32(2**-23))
+    engines({"onnxruntime": Constant(dot_bundle, near), "torch": Constant(dot_bundle, 0.25)})
     report = run_bench(dot_bundle, quick(engines=("onnxruntime", "torch"), batch_sizes=(3,)))
     assert report.circumstances.reference == "torch"
+    assert [row.max_abs_difference for row in report.rows] == [2**-23, 0.0]
+
+
+def test_engines_that_do_not_agree_are_refused_before_anything_is_timed(dot_bundle, engines, monkeypatch):
+    monkeypatch.setattr(bench_run, "interleave", lambda *a, **k: pytest.fail("timed"))
+    engines({"torch": Constant(dot_bundle, 0.5), "onnxruntime": Constant(dot_bundle, 0.5 + 2e-6)})
+    message = r"onnxruntime differs from torch by 2e-06 on a batch of 3, and at most 1e-06 is rounding"
+    with pytest.raises(EngineError, match=message):
+        run_bench(dot_bundle, quick(engines=("torch", "onnxruntime"), batch_sizes=(3,)))
+
+
+def test_a_plan_of_lower_precision_is_measured_and_its_difference_shown(dot_bundle, engines):
+    engines({"tensorrt": Constant(dot_bundle, 0.5, precision="fp16"), "onnxruntime": Constant(dot_bundle, 0.25)})
+    report = run_bench(dot_bundle, quick(engines=("tensorrt", "onnxruntime"), batch_sizes=(3,)))
+    assert report.circumstances.reference == "onnxruntime"  # not the first: it is no float32 engine
     assert [row.max_abs_difference for row in report.rows] == [0.25, 0.0]
+
+
+def test_without_a_float32_engine_the_first_one_is_the_reference(dot_bundle, engines):
+    made = {
+        "tensorrt-rtx": Constant(dot_bundle, 0.5, precision="bf16"),
+        "tensorrt": Constant(dot_bundle, 0.25, precision="fp16"),
+    }
+    engines(made)
+    report = run_bench(dot_bundle, quick(engines=tuple(made), batch_sizes=(3,)))
+    assert report.circumstances.reference == "tensorrt-rtx"
+    assert [row.max_abs_difference for row in report.rows] == [0.0, 0.25]
 
 
 def test_nan_is_refused_before_anything_is_timed(dot_bundle, engines, monkeypatch):
@@ -117,16 +155,33 @@ def test_an_engine_that_cannot_be_opened_is_listed_and_the_rest_is_measured(dot_
     assert {row.baseline for row in report.rows} == {"torch"}
 
 
-def test_an_engine_that_opens_but_cannot_execute_is_listed(dot_bundle, engines):
-    plan = Constant(dot_bundle, 0.5, fail_from=1)
+def test_an_engine_that_cannot_take_the_longest_bag_is_not_timed(dot_bundle, engines, monkeypatch):
+    class ShortBags(Constant):
+        def _run(self, batch):
+            if batch.offsets[-1] == 9:
+                raise BatchError("the bag is too long")
+            return super()._run(batch)
+
+    batches = [Batch.from_bags([[0, 0, 0]], [[[0] * n], [[0]], [[0]]]) for n in (1, 7, 2)]
+    monkeypatch.setattr(bench_run, "rotating_batches", lambda *a, **k: batches)
+    engines({"torch": Constant(dot_bundle, 0.5), "tensorrt": ShortBags(dot_bundle, 0.5)})
+    report = run_bench(dot_bundle, quick(engines=("torch", "tensorrt"), batch_sizes=(1,)))
+    assert [(n.engine, n.reason) for n in report.not_run] == [("tensorrt", "the bag is too long")]
+    assert [row.engine for row in report.rows] == ["torch"]
+
+
+@pytest.mark.parametrize("error", [EngineError, BatchError])
+def test_an_engine_that_opens_but_cannot_execute_is_listed(dot_bundle, engines, error):
+    plan = Constant(dot_bundle, 0.5, fail_from=1, error=error)
     engines({"tensorrt-rtx": plan, "torch": Constant(dot_bundle, 0.5)})
     report = run_bench(dot_bundle, quick(engines=("tensorrt-rtx", "torch")))
     assert [(n.engine, n.batch, n.reason) for n in report.not_run] == [("tensorrt-rtx", None, "no GPU here")]
     assert plan.closed
 
 
-def test_an_engine_that_cannot_run_one_batch_size_runs_the_others(dot_bundle, engines):
-    limited = Constant(dot_bundle, 0.5, fail_from=3, reason="the plan takes 2")
+@pytest.mark.parametrize("error", [EngineError, BatchError])
+def test_an_engine_that_cannot_run_one_batch_size_runs_the_others(dot_bundle, engines, error):
+    limited = Constant(dot_bundle, 0.5, fail_from=3, reason="the plan takes 2", error=error)
     engines({"tensorrt": limited, "torch": Constant(dot_bundle, 0.5)})
     report = run_bench(dot_bundle, quick(engines=("torch", "tensorrt"), batch_sizes=(1, 3)))
     assert [(n.engine, n.batch, n.reason) for n in report.not_run] == [("tensorrt", 3, "the plan takes 2")]
@@ -149,6 +204,17 @@ def test_a_baseline_that_cannot_run_one_batch_size_is_an_error(dot_bundle, engin
     engines({"tensorrt": Constant(dot_bundle, 0.5, fail_from=3), "torch": Constant(dot_bundle, 0.5)})
     with pytest.raises(EngineError, match="baseline tensorrt cannot run batches of 3: no GPU here"):
         run_bench(dot_bundle, quick(engines=("tensorrt", "torch")))
+
+
+def test_the_reason_given_for_the_baseline_is_its_own(dot_bundle, engines):
+    made = {
+        "tensorrt-rtx": Constant(dot_bundle, 0.5, fail_from=3, reason="another's reason"),
+        "tensorrt": Constant(dot_bundle, 0.5, fail_from=3, reason="its own reason"),
+        "torch": Constant(dot_bundle, 0.5),
+    }
+    engines(made)
+    with pytest.raises(EngineError, match="baseline tensorrt cannot run batches of 3: its own reason"):
+        run_bench(dot_bundle, quick(engines=tuple(made), baseline="tensorrt"))
 
 
 def test_no_engine_for_a_batch_size_is_an_error(dot_bundle, engines):
@@ -237,6 +303,7 @@ def test_the_command_repeats_the_run(dot_bundle, engines):
         ({"batch_sizes": (8, 0)}, "batch size must be at least 1, got 0"),
         ({"batch_sizes": (8, 8)}, "each batch size is measured once"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"threads": 1025}, "threads must be at most 1024, got 1025"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"slice_ms": 0.0}, "a slice must last"),
         ({"slice_ms": float("nan")}, "a slice must last"),

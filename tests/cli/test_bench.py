@@ -109,6 +109,7 @@ def test_a_damaged_bundle_exits_3_and_names_the_file(bundle):
         (["--preset", "kaggle", "--scale-rows", "0"], "--scale-rows must be a positive number"),
         (["--preset", "kagle"], "kagle"),
         (["BUNDLE", "--batch", "0"], "batch size must be at least 1, got 0"),
+        (["BUNDLE", "--threads", "5000"], "threads must be at most 1024, got 5000"),
         (["BUNDLE", "--batch", "1,many"], "'1,many' is not a list of whole numbers"),
         (["BUNDLE", "--engine", "openvino"], "no engine is named 'openvino'"),
         (["BUNDLE", "--engine", "torch", "--baseline", "onnxruntime"], "is not among the engines measured"),

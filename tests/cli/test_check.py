@@ -78,9 +78,13 @@ def test_a_bundle_that_cannot_be_written_is_a_warning(run, bundle, monkeypatch):
     assert json.loads(result.stdout)["passed"] is True
 
 
-@pytest.mark.parametrize("arguments", [("--engine", "caffe"), ("--atol", "-1"), ("--seed", "x")])
+@pytest.mark.parametrize(
+    "arguments", [("--engine", "caffe"), ("--atol", "-1"), ("--atol", "inf"), ("--atol", "nan"), ("--seed", "x")]
+)
 def test_wrong_usage_exits_2(run, bundle, arguments):
+    before = (bundle.path / "manifest.json").read_bytes()
     assert run(bundle.path, *arguments).exit_code == 2
+    assert (bundle.path / "manifest.json").read_bytes() == before
 
 
 def test_a_path_that_does_not_exist_exits_2(run, tmp_path):

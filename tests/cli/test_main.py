@@ -1,7 +1,9 @@
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -93,3 +95,53 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path):
     arguments = ["export", "--preset", "kaggle", "--scale-rows", "1e-5", "--out", str(tmp_path / "bundle")]
     assert CliRunner().invoke(cli, arguments).exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_being_terminated_leaves_nothing_half_written(tmp_path):
+    process = export_process(tmp_path / "bundle")
+    wait_for_partial(process, tmp_path)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def run_main(*arguments, prepare="", **options):
+    code = f"{prepare}\nfrom dlrm_deploy.cli.main import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the disk that is always full")
+def test_an_output_that_cannot_be_printed_exits_3_without_a_traceback(bundle):
+    with Path("/dev/full").open("w") as full:
+        result = run_main("inspect", bundle.path, "--json", stdout=full)
+    assert result.returncode == 3
+    assert "Error: No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_reader_that_left_is_no_verdict(bundle):
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = run_main("inspect", bundle.path, "--json", stdout=writer)
+    os.close(writer)
+    assert result.returncode == 128 + signal.SIGPIPE
+    assert result.stderr == ""
+
+
+def test_a_bug_never_reads_as_a_verdict(bundle):
+    prepare = (
+        "import dlrm_deploy.bundle\ndef bug(*a): raise RuntimeError('bug')\ndlrm_deploy.bundle.Bundle.golden = bug"
+    )
+    result = run_main("check", bundle.path, prepare=prepare)
+    assert result.returncode == 3
+    assert "this is a bug of dlrm-deploy" in result.stderr
+
+
+def test_an_export_that_the_disk_cannot_hold_is_refused_before_it_begins(tmp_path):
+    result = run_main("export", "--preset", "kaggle", "--scale-rows", "1e5", "--out", tmp_path / "bundle")
+    assert result.returncode == 3
+    assert "the tables need 216" in result.stderr
+    assert list(tmp_path.iterdir()) == []

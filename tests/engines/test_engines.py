@@ -87,12 +87,16 @@ def test_int32_and_int64_ids_score_alike_on_either_signature(tmp_path, engine):
             np.testing.assert_array_equal(opened.predict(batch), opened.predict(narrow))
 
 
-def test_an_id_beyond_32_bits_is_refused_by_an_int32_signature(tmp_path):
+@pytest.mark.parametrize("name", CPU_ENGINES)
+def test_an_id_beyond_32_bits_is_refused_by_an_int32_signature(tmp_path, name):
     bundle = make_bundle("dot", tmp_path / "bundle", index_dtype="int32", index_policy="clamp")
     batch = batch_for(bundle, 5)
     batch.indices[0] = 2**31
-    with open_engine(bundle, "onnxruntime") as engine, pytest.raises(BatchError, match="2147483648 does not fit"):
-        engine.predict(batch)
+    with open_engine(bundle, name) as engine:
+        with pytest.raises(BatchError, match="2147483648 does not fit"):
+            engine.predict(batch)
+        with pytest.raises(BatchError, match="takes a dlrm_deploy.Batch, got ndarray"):
+            engine.predict(batch.dense)
 
 
 @pytest.mark.parametrize("engine", CPU_ENGINES)
@@ -117,6 +121,29 @@ def test_dense_weights_that_do_not_fit_are_refused_by_pytorch(bundle):
     np.savez(bundle.path / "dense.npz", **weights)
     with pytest.raises(BundleError, match="found nothing"):
         open_engine(bundle, "torch")
+
+
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_a_closed_engine_may_be_closed_again_and_refuses_to_score(bundle, engine):
+    with open_engine(bundle, engine) as opened:
+        opened.close()
+    opened.close()
+    with pytest.raises(EngineError, match=f"engine {engine} is closed"):
+        opened.predict(batch_for(bundle, 1))
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025])
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+def test_a_senseless_number_of_threads_is_refused(bundle, engine, threads):
+    with pytest.raises(EngineError, match=f"threads is {threads}, expected 1 to 1024"):
+        open_engine(bundle, engine, threads=threads)
+
+
+def test_an_engine_reports_the_kernel_path_that_it_was_opened_with(bundle, monkeypatch):
+    monkeypatch.setenv("DLRM_DEPLOY_KERNEL", "scalar")
+    with open_engine(bundle, "onnxruntime", threads=1) as opened:
+        monkeypatch.delenv("DLRM_DEPLOY_KERNEL")
+        assert set(opened.implementations().values()) == {"C++ kernel (scalar)"}
 
 
 def test_an_unknown_engine_lists_the_known_ones(bundle):

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +8,7 @@ import onnxruntime as ort
 import pytest
 from plan_models import ARCHITECTURES, MAX_BAG, awkward_batches, batch_of, expected_scores, small_model, weights_of
 
-from dlrm_deploy.engines.tensorrt.host import plan_feed
+from dlrm_deploy.engines.tensorrt.host import plan_feeds
 from dlrm_deploy.errors import EngineError
 from dlrm_deploy.export.tensorrt_graph import runnable_on_cpu, table_tensor, write_tensorrt_model
 
@@ -27,7 +29,7 @@ class Graph:
         self.session = ort.InferenceSession(runnable_on_cpu(self.model).SerializeToString(), options)
 
     def score(self, batch):
-        return self.run(plan_feed(batch, self.config, self.max_bag, 2048))
+        return self.run(next(plan_feeds(batch, self.config, self.max_bag, 2048)))
 
     def run(self, feed):
         return self.session.run(None, {**feed, **self.tables})[0]
@@ -77,7 +79,7 @@ def test_under_policy_error_the_graph_itself_reads_no_row_outside_a_table(form):
     dense, tables = weights_of(config)
     batch = batch_of(config, [[2, 2]] * 4)
     graph = Graph(config, dense, tables)
-    feed = plan_feed(batch, config, graph.max_bag, 2)
+    feed = next(plan_feeds(batch, config, graph.max_bag, 2))
     batch.indices[[0, 5]] = [10**6, -7]
     feed["indices"] = batch.indices.astype(np.int32)  # past the host's check
     clamped, _ = expected_scores(replace(config, index_policy="clamp"), dense, tables, batch)
@@ -100,7 +102,7 @@ def test_ids_beyond_the_longest_bag_are_not_read():
     graph = Graph(config, dense, tables, max_bag=3)
     short.indices[:3], short.indices[3:] = long.indices[:3], long.indices[4:]
     object.__setattr__(short, "dense", long.dense)
-    feed = plan_feed(long, config, MAX_BAG, 1)  # a host that does not check
+    feed = next(plan_feeds(long, config, MAX_BAG, 1))  # a host that does not check
     np.testing.assert_array_equal(graph.run(feed), graph.score(short))
 
 
@@ -150,3 +152,12 @@ def test_only_bf16_needs_rewriting_for_the_cpu():
     for precision, same in (("fp32", True), ("fp16", True), ("bf16", False)):
         model = write_tensorrt_model(config, dense, tables, max_bag=MAX_BAG, precision=precision)
         assert (runnable_on_cpu(model) is model) == same
+
+
+def test_writing_a_graph_imports_no_engine():
+    code = (
+        "import sys, dlrm_deploy.export.tensorrt_graph; "
+        "print([name for name in sys.modules if name.startswith('dlrm_deploy.engines')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -8,6 +8,7 @@ import torch
 
 from dlrm_deploy.errors import BatchError
 from dlrm_deploy.ops import reference, torch_ops
+from dlrm_deploy.ops.contract import BagAttributes
 
 bag_op = torch.ops.dlrm_deploy.table_batched_embedding_bag
 dot_op = torch.ops.dlrm_deploy.dot_interaction
@@ -97,48 +98,9 @@ def test_zero_policy_drops_nan_weights_of_ids_outside():
     np.testing.assert_array_equal(pooled[0, :, 0], [2, np.inf, 0])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"indices": torch.zeros(2)}, "indices must be int32 or int64 of rank 1, got torch.float32 (2,)"),
-        ({"indices": torch.zeros((1, 2), dtype=torch.int64)}, "indices must be int32 or int64 of rank 1"),
-        ({"offsets": None}, "give either offsets or pooling_factors"),
-        ({"pooling_factors": [1]}, "give either offsets or pooling_factors"),
-        ({"offsets": torch.tensor([0, 2], dtype=torch.int32)}, "offsets must be torch.int64 of rank 1"),
-        ({"offsets": torch.tensor([], dtype=torch.int64)}, "offsets must have 1 * B + 1 values, got 0"),
-        ({"num_features": 2}, "offsets must have 2 * B + 1 values, got 2"),
-        ({"num_features": 0}, "num_features must be at least 1"),
-        ({"offsets": torch.tensor([0, 3])}, "offsets must rise from 0 to 2"),
-        ({"offsets": torch.tensor([1, 2])}, "offsets must rise from 0 to 2"),
-        ({"offsets": torch.tensor([0, 2, 1, 2])}, "offsets must rise from 0 to 2"),
-        ({"offsets": None, "pooling_factors": [3]}, "2 ids are not a multiple of 3"),
-        ({"offsets": None, "pooling_factors": [1, 1]}, "pooling_factors must be 1 numbers of ids"),
-        ({"per_sample_weights": torch.ones(3)}, "per_sample_weights has shape (3,) for 2 ids"),
-        ({"per_sample_weights": torch.ones(2), "mean": [1]}, "go with sum pooling"),
-        ({"weights": torch.ones(4)}, "weights must be floating point of rank 2"),
-        ({"weights": torch.ones((4, 2), dtype=torch.int64)}, "weights must be floating point of rank 2"),
-        ({"features": [1]}, "slot 0: feature 1 is outside [0, 1)"),
-        ({"rows": [5]}, "slot 0: rows 0 to 5 are not within the 4 rows"),
-        ({"mean": []}, "need one value per slot"),
-        ({"index_policy": "wrap"}, "index_policy must be one of error, clamp, modulo, zero, got 'wrap'"),
-    ],
-)
-def test_input_outside_the_contract_is_refused(changes, message):
-    inputs = {
-        "weights": torch.ones(4, 2),
-        "indices": torch.tensor([0, 1]),
-        "offsets": torch.tensor([0, 2]),
-        "per_sample_weights": None,
-        "num_features": 1,
-        "features": [0],
-        "row_starts": [0],
-        "rows": [4],
-        "mean": [0],
-        "pooling_factors": None,
-        "index_policy": "error",
-    }
-    with pytest.raises(BatchError, match=re.escape(message)):
-        bag_op(*{**inputs, **changes}.values())
+# The operators take float32 only. They are polynomials of degree two, of which central differences are exact at any
+# step: a large one keeps rounding (2**-24 * 50 per output) out of the quotient.
+FLOAT32 = {"eps": 0.5, "atol": 1e-4, "rtol": 1e-4}
 
 
 class DenseGradient(torch.autograd.Function):
@@ -153,6 +115,7 @@ class DenseGradient(torch.autograd.Function):
         return grad.to_dense()
 
 
+@pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double")
 @pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("policy", ["error", "clamp", "modulo", "zero"])
 @pytest.mark.parametrize("pooling", ["weighted", "mixed"])
@@ -161,14 +124,14 @@ def test_gradients_match_finite_differences(slots, policy, pooling):
     slot = SLOTS[slots]
     attributes = [slot["features"], slot["row_starts"], slot["rows"], [1, 0, 1] if pooling == "mixed" else [0, 0, 0]]
     ids = torch.from_numpy(indices), torch.from_numpy(offsets)
-    weights = torch.from_numpy(weights).double().requires_grad_()
-    per_sample = None if per_sample is None else torch.from_numpy(per_sample).double().requires_grad_()
+    weights = torch.from_numpy(weights).requires_grad_()
+    per_sample = None if per_sample is None else torch.from_numpy(per_sample).requires_grad_()
 
     def pool(weights, per_sample=None):
         return bag_op(DenseGradient.apply(weights), *ids, per_sample, 3, *attributes, None, policy)
 
     inputs = (weights,) if per_sample is None else (weights, per_sample)
-    assert torch.autograd.gradcheck(pool, inputs)
+    assert torch.autograd.gradcheck(pool, inputs, **FLOAT32)
 
 
 def test_weights_receive_one_sparse_row_per_id_that_was_read():
@@ -195,18 +158,13 @@ def test_interaction_matches_the_reference(shape, self_interaction):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double")
 @pytest.mark.parametrize("self_interaction", [False, True])
 @pytest.mark.parametrize("slots", [0, 3])
 def test_interaction_gradients_match_finite_differences(self_interaction, slots):
     torch.manual_seed(6)
-    inputs = torch.randn(2, 3).double().requires_grad_(), torch.randn(2, slots, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda d, e: dot_op(d, e, self_interaction), inputs)
-
-
-def test_interaction_refuses_shapes_that_do_not_match():
-    for embeddings in (torch.ones(2, 4, 2), torch.ones(3, 4, 3), torch.ones(2, 3), torch.ones(2, 4, 3).double()):
-        with pytest.raises(BatchError, match="do not match"):
-            dot_op(torch.ones(2, 3), embeddings, False)
+    inputs = torch.randn(2, 3, requires_grad=True), torch.randn(2, slots, 3, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda d, e: dot_op(d, e, self_interaction), inputs, **FLOAT32)
 
 
 def test_ops_pass_the_checks_of_torch_library():
@@ -224,5 +182,6 @@ def test_ops_pass_the_checks_of_torch_library():
 
 def test_plain_functions_and_custom_ops_are_one_implementation():
     weights, indices, offsets, _ = (a if a is None else torch.from_numpy(a) for a in make("uneven"))
-    arguments = (weights, indices, offsets, None, 3, *SLOTS["in_order"].values(), [0] * 3, None, "error")
-    assert torch.equal(torch_ops.pool_bags(*arguments), bag_op(*arguments))
+    attributes = BagAttributes(3, **SLOTS["in_order"], mean=[0] * 3, pooling_factors=None, index_policy="error")
+    pooled = torch_ops.pool_bags(weights, indices, offsets, None, attributes)
+    assert torch.equal(pooled, bag_op(weights, indices, offsets, None, *attributes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import sys
@@ -20,7 +21,8 @@ def fetch(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "fetch_headers", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
-    monkeypatch.delenv("ONNXRUNTIME_INCLUDE_DIR", raising=False)
+    for name in ("ONNXRUNTIME_INCLUDE_DIR", "ONNXRUNTIME_RELEASE_SHA256"):
+        monkeypatch.delenv(name, raising=False)
     return module
 
 
@@ -31,7 +33,7 @@ def wanted(fetch, tmp_path):
 
 
 def failing(fetch, reason):
-    def source(wanted, scratch):
+    def source(wanted, scratch, **options):
         raise fetch.FetchError(reason)
 
     return source
@@ -67,6 +69,41 @@ def test_the_debian_package_follows_a_release_that_cannot_be_reached_and_is_foun
     assert [path.name for path in (tmp_path / "into").iterdir()] == [first.name]  # no scratch is left behind
     monkeypatch.setattr(fetch, "_from_debian", failing(fetch, "asked twice"))
     assert fetch.provide(wanted, tmp_path / "into") == first
+
+
+@pytest.fixture
+def release(fetch, wanted, tmp_path, monkeypatch):
+    """The parts of `provide` with a release archive on disk, no Debian package, and the archive's SHA-256."""
+    archive = tmp_path / "release.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("onnxruntime-linux-test-1.21.0/include/onnxruntime_cxx_api.h"), io.BytesIO())
+    monkeypatch.setattr(fetch, "_from_debian", failing(fetch, "asked"))
+    wanted = dataclasses.replace(wanted, release=archive.as_uri(), machines={})
+    return wanted, hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def test_a_release_archive_is_named_with_its_checksum(fetch, release, tmp_path, capsys):
+    wanted, sha256 = release
+    assert (fetch.provide(wanted, tmp_path / "into") / wanted.required).is_file()
+    told = f"SHA-256 {sha256} (not checked; set ONNXRUNTIME_RELEASE_SHA256 to pin it)"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_a_pinned_release_archive_is_used_only_where_it_is_the_one(fetch, release, tmp_path, monkeypatch, capsys, how):
+    wanted, sha256 = release
+
+    def provide(expected):
+        if how == "argument":
+            return fetch.provide(wanted, tmp_path / "into", expected)
+        monkeypatch.setenv("ONNXRUNTIME_RELEASE_SHA256", expected)
+        return fetch.provide(wanted, tmp_path / "into")
+
+    with pytest.raises(fetch.ChecksumError, match=f"has SHA-256 {sha256}, expected {'0' * 64}"):
+        provide("0" * 64)
+    assert not list((tmp_path / "into").iterdir())
+    assert (provide(sha256.upper()) / wanted.required).is_file()
+    assert f"{sha256} (as expected)" in capsys.readouterr().err
 
 
 def test_when_every_source_fails_the_error_lists_them_and_says_how_to_name_a_folder(

@@ -1,18 +1,24 @@
 """Runs: resumed after kill -9 they end with the same bits; the folder says what happened."""
 
+import errno
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dlrm_deploy.checkpoint import MODEL_PREFIX, Checkpoint
 from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.errors import CheckpointError, ConfigError, MissingDependencyError, OutputError
+from dlrm_deploy.files import sha256_file
 from dlrm_deploy.metrics import auc
 from dlrm_deploy.model.dlrm import DLRM
 from dlrm_deploy.train import log as log_module
@@ -223,12 +229,154 @@ def test_changed_model_file_is_refused_on_resume(recipe, tmp_path):
         train(recipe, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: [], r"trainer\.json is damaged: it holds no JSON object, but \[\]"),
+        (lambda state: None, r"trainer\.json is damaged: it holds no JSON object, but null"),
+        (lambda state: {"step": 40}, r"trainer\.json: missing key best_step"),
+        (lambda state: {**state, "loss": 1}, r"trainer\.json: unknown key loss\. Known keys: step"),
+        (lambda state: {**state, "step": 39, "best_step": 0}, "it is of step 39, in the folder of step 40"),
+        (lambda state: {**state, "step": "40"}, "these values make no sense: {'step': '40'"),
+        (lambda state: {**state, "best_step": 41}, "make no sense: .*'best_step': 41"),
+        (lambda state: {**state, "stale": 1.5}, "make no sense: .*'stale': 1.5"),
+        (lambda state: {**state, "best_auc": None}, "make no sense: .*'best_auc': None"),
+        (lambda state: {**state, "best_log_loss": float("nan")}, "make no sense: .*'best_log_loss': nan"),
+        (lambda state: {**state, "stopped": 0}, "make no sense: .*'stopped': 0"),
+        (lambda state: {**state, "threads": 0}, "make no sense: .*'threads': 0"),
+    ],
+)
+def test_damaged_trainer_state_is_refused_on_resume(finished, change, message):
+    recipe, run = finished
+    folder = run / "checkpoints" / "step-40"
+    state = json.loads((folder / "trainer.json").read_text())
+    (folder / "trainer.json").write_text(json.dumps(change(state)))
+    table = json.loads((folder / "files.json").read_text())  # with the hash that goes with it
+    altered = {"size": (folder / "trainer.json").stat().st_size, "sha256": sha256_file(folder / "trainer.json")}
+    table["files"]["trainer.json"] = altered
+    (folder / "files.json").write_text(json.dumps(table))
+    (run / "result.json").unlink()
+    with pytest.raises(CheckpointError, match=message):
+        train(recipe, run)
+
+
+@pytest.fixture
+def finished(recipe, tmp_path, finished_run):
+    """A recipe and a copy of its finished run."""
+    shutil.copytree(finished_run / "run", tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "recipe.toml").write_text(recipe.to_toml())
+    return recipe, tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "model.toml").write_text(MODEL.to_toml())
+    train(make_recipe(folder), folder / "run")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "trainer.json"])
+def test_altered_checkpoint_is_refused_on_resume(finished, name):
+    recipe, run = finished
+    (run / "result.json").unlink()
+    path = run / "checkpoints" / "step-40" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"step-40/{name} was altered"):
+        train(recipe, run)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "{}", '{"steps": 1}', "\xff"],
+    ids=["empty", "cut", "list", "null", "{}", "one", "bytes"],
+)
+def test_damaged_result_says_what_to_do_and_that_helps(finished, text):
+    recipe, run = finished
+    before = (run / "result.json").read_text()
+    (run / "result.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(
+        TrainingError, match=r"cannot read .*result\.json: .*\. Remove it: the same command then scores"
+    ):
+        train(recipe, run)
+    (run / "result.json").unlink()
+    train(recipe, run)
+    assert (run / "result.json").read_text() == before
+
+
+def test_result_whose_values_are_no_numbers_is_refused(finished):
+    recipe, run = finished
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "test_auc": "good"}))
+    with pytest.raises(TrainingError, match="a value is no number"):
+        train(recipe, run)
+
+
+def test_resumed_run_takes_the_threads_it_began_with(tmp_path, recipe, monkeypatch):
+    unset = make_recipe(tmp_path, threads=None, epochs=2)
+    seen = []
+
+    class Listener(run_module.Silent):
+        def stepped(self, step, loss):
+            seen.append(torch.get_num_threads())
+            if step == 10 and len(seen) == 10:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module.os, "sched_getaffinity", lambda _: {0})
+    with pytest.raises(KeyboardInterrupt):
+        train(unset, tmp_path / "run", Listener())
+    monkeypatch.setattr(run_module.os, "sched_getaffinity", lambda _: {0, 1})
+    train(unset, tmp_path / "run", Listener())
+    assert seen == [1] * (10 + 11)  # the last checkpoint was of step 9
+    train(unset, tmp_path / "other", Listener())
+    assert set(seen[21:]) == {2}
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "write"])
+def test_full_disk_is_said_and_the_earlier_checkpoint_is_kept(tmp_path, recipe, monkeypatch, call):
+    train(recipe, tmp_path / "whole")
+    armed = []
+
+    def full(original):
+        def wrapper(*args, **kwargs):
+            if armed and (call != "open" or str(args[0]).endswith(".distcp")):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    class Listener(run_module.Silent):
+        def stepped(self, step, loss):
+            if step == 6:
+                armed.append(step)
+
+    owner, name = {"open": (Path, "open"), "fsync": (os, "fsync"), "write": (Path, "write_text")}[call]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full(getattr(owner, name)))
+        with pytest.raises(OutputError, match=r"cannot write .*/step-6: No space left on device"):
+            train(recipe, tmp_path / "run", Listener())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-3"]
+    Checkpoint.open(tmp_path / "run" / "checkpoints" / "step-3").verify()
+    train(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_log_that_cannot_be_written_is_said(tmp_path):
+    log = log_module.RunLog(tmp_path, 0, tensorboard=False)
+    log._file.close()
+    log._file = Path("/dev/full").open("a")  # noqa: SIM115  # every write to it finds the disk full
+    with pytest.raises(OutputError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        log.write({"step": 1})
+
+
 def test_damaged_checkpoint_is_named_on_resume(recipe, tmp_path):
     train(recipe, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     (data,) = (tmp_path / "run" / "checkpoints" / "step-40").glob("*.distcp")
     data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="is truncated"):
+    with pytest.raises(CheckpointError, match=r"\.distcp has 100 bytes, files\.json says"):
         train(recipe, tmp_path / "run")
 
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "c_api/worker_pool.h"
+#include "c_api/thread_runner.h"
 #include "calibrate/calibrate.h"
 #include "kernels/dispatch.h"
 #include "kernels/dot_interaction.h"
@@ -133,7 +133,7 @@ Error RunBag(const dlrm_deploy_embedding_bag& c, const KernelPath& path, int thr
            std::to_string(batch) + " x " + std::to_string(bag.slots()) + " x " +
            std::to_string(c.width);
   }
-  return bag.Run(inputs, batch, path, PooledRunner(threads), c.pooled);
+  return bag.Run(inputs, batch, path, ThreadRunner(threads), c.pooled);
 }
 
 Error RunInteraction(const dlrm_deploy_dot_interaction* c, const KernelPath& path, int threads) {
@@ -156,7 +156,7 @@ Error RunInteraction(const dlrm_deploy_dot_interaction* c, const KernelPath& pat
                      (c->width > 0 && c->num_slots > 0 && c->embeddings == nullptr))) {
     return std::string("dense, embeddings or interactions is NULL");
   }
-  return RunDotInteraction(shape, c->dense, c->embeddings, c->batch, path, PooledRunner(threads),
+  return RunDotInteraction(shape, c->dense, c->embeddings, c->batch, path, ThreadRunner(threads),
                            c->interactions);
 }
 

@@ -9,6 +9,7 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <exception>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -288,8 +289,7 @@ struct DotInteractionOp : Ort::CustomOpBase<DotInteractionOp, DotInteractionKern
   const KernelPath& path_;
 };
 
-// One domain for all sessions of the process. ONNX Runtime keeps pointers to it, so it is never
-// destroyed.
+// The operators on one kernel path, for every session that is opened while it is the one in use.
 struct Registration {
   explicit Registration(const KernelPath& path)
       : embedding_bag(path), dot_interaction(path), domain(kDomain) {
@@ -300,6 +300,16 @@ struct Registration {
   DotInteractionOp dot_interaction;
   Ort::CustomOpDomain domain;
 };
+
+// ONNX Runtime keeps pointers to the registrations, so they are never destroyed.
+const Registration& RegistrationOn(const KernelPath& path) {
+  static const auto* const registrations = [] {
+    auto* made = new std::map<const KernelPath*, Registration>;
+    for (const KernelPath& each : AllKernelPaths()) made->try_emplace(&each, each);
+    return made;
+  }();
+  return registrations->at(&path);
+}
 
 }  // namespace
 }  // namespace dlrm_deploy
@@ -319,8 +329,7 @@ OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base)
     std::string error;
     const KernelPath* path = ChooseKernelPathFromEnvironment(&error);
     if (path == nullptr) return error;
-    static const Registration* const registration = new Registration(*path);
-    Ort::UnownedSessionOptions(options).Add(registration->domain);
+    Ort::UnownedSessionOptions(options).Add(RegistrationOn(*path).domain);
     return {};
   });
 }

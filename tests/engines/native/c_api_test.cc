@@ -1,11 +1,13 @@
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "c_api/worker_pool.h"
+#include "c_api/thread_runner.h"
 #include "dlrm_deploy/ops.h"
 
 namespace {
@@ -100,18 +102,37 @@ TEST(CApi, CalibrationMeasuresSomethingOnOneAndTwoThreads) {
   EXPECT_EQ(dlrm_deploy_calibrate_gather(6, 1 << 22, 1, 2, nullptr), DLRM_DEPLOY_BAD_INPUT);
 }
 
-TEST(WorkerPool, RunsEachBlockOnceForManyCallersAndThreadCounts) {
+TEST(ThreadRunner, RunsEachBlockOnceForManyCallersAndThreadCounts) {
   const auto caller = [] {
     for (const int threads : {1, 2, 4, 2, 3}) {
       std::vector<std::atomic<int>> runs(100);
       auto body = [&](size_t block) { runs[block].fetch_add(1); };
-      dlrm_deploy::PooledRunner(threads).ForEachBlock(runs.size(), body);
+      dlrm_deploy::ThreadRunner(threads).ForEachBlock(runs.size(), body);
       for (const auto& count : runs) ASSERT_EQ(count.load(), 1);
     }
   };
   std::thread other(caller);
   caller();
   other.join();
+}
+
+TEST(ThreadRunner, AForkedChildRunsOnThreadsOfItsOwn) {
+  const auto run = [] {
+    std::atomic<int> runs{0};
+    auto body = [&](size_t) { runs.fetch_add(1); };
+    dlrm_deploy::ThreadRunner(2).ForEachBlock(100, body);
+    return runs.load();
+  };
+  ASSERT_EQ(run(), 100);
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    alarm(20);  // a child that waits for threads it does not have ends here
+    _exit(run() == 100 ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "c_api/worker_pool.h"
+#include "c_api/thread_runner.h"
 #include "guarded_buffer.h"
 
 namespace dlrm_deploy {
@@ -33,7 +33,7 @@ std::vector<float> Interact(const Sample& s, const KernelPath& path, int threads
   GuardedBuffer<float> x(dense), y(embeddings);
   const size_t size = static_cast<size_t>(s.batch * shape.output_width);
   GuardedBuffer<float> out(std::vector<float>(size, -7.0f));
-  EXPECT_FALSE(RunDotInteraction(shape, x.data(), y.data(), s.batch, path, PooledRunner(threads),
+  EXPECT_FALSE(RunDotInteraction(shape, x.data(), y.data(), s.batch, path, ThreadRunner(threads),
                                  out.data()));
   return std::vector<float>(out.data(), out.data() + size);
 }

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "c_api/worker_pool.h"
+#include "c_api/thread_runner.h"
 #include "guarded_buffer.h"
 
 namespace dlrm_deploy {
@@ -91,7 +91,7 @@ Result RunAs(const BagCase& c, const KernelPath& path, int threads) {
   if (result.error) return result;
   GuardedBuffer<float> pooled(
       std::vector<float>(static_cast<size_t>(batch * bag.slots() * c.width), -7.0f));
-  result.error = bag.Run(in, batch, path, PooledRunner(threads), pooled.data());
+  result.error = bag.Run(in, batch, path, ThreadRunner(threads), pooled.data());
   result.pooled.assign(pooled.data(), pooled.data() + batch * bag.slots() * c.width);
   return result;
 }
@@ -324,7 +324,7 @@ TEST(EmbeddingBag, RowsAreAddressedInSixtyFourBits) {
   for (const KernelPath& path : AllKernelPaths()) {
     if (!path.supported()) continue;
     std::vector<float> pooled(kWidth);
-    ASSERT_FALSE(bag.Run(in, 1, path, PooledRunner(1), pooled.data()));
+    ASSERT_FALSE(bag.Run(in, 1, path, ThreadRunner(1), pooled.data()));
     for (int64_t d = 0; d < kWidth; ++d)
       EXPECT_EQ(pooled[static_cast<size_t>(d)], 1.0f + static_cast<float>(d));
   }

@@ -192,6 +192,18 @@ def test_interaction_with_an_unknown_self_interaction_does_not_load():
         run_interaction(np.ones((1, 2), np.float32), np.ones((1, 1, 2), np.float32), self_interaction=2)
 
 
+def test_each_session_runs_on_the_path_that_was_named_when_it_was_opened(native, monkeypatch):
+    rng = np.random.default_rng(2)
+    dense = rng.standard_normal((37, 64)).astype(np.float32)
+    embeddings = rng.standard_normal((37, 26, 64)).astype(np.float32)
+    expected = {path: native.dot_interaction(dense, embeddings, path) for path in native.kernel_paths()}
+    if len({scores.tobytes() for scores in expected.values()}) == 1:
+        pytest.skip("the paths of this CPU cannot be told apart by their rounding")
+    for path in expected:
+        monkeypatch.setenv("DLRM_DEPLOY_KERNEL", path)
+        np.testing.assert_array_equal(run_interaction(dense, embeddings), expected[path], err_msg=path)
+
+
 def in_process(script: str, kernel: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"DLRM_DEPLOY_KERNEL": kernel}
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)

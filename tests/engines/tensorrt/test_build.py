@@ -115,6 +115,26 @@ def test_an_interruption_while_listing_the_plan_leaves_no_files(make_bundle, mon
     assert everything_in(bundle) == before
 
 
+def test_what_a_killed_build_left_unlisted_is_removed_by_the_next_and_nothing_else(
+    make_bundle, fake_tensorrt, fake_driver
+):
+    bundle = make_bundle()
+    folder = bundle.path / "engines"
+    folder.mkdir()
+    left = [
+        "tensorrt-fp32-0123456789ab.plan",
+        "tensorrt-fp16-0123456789ab.json",
+        ".tensorrt-fp32-ab0123456789.plan.partial-9",
+    ]
+    others = ["tensorrt-rtx-fp32-0123456789ab.plan", "tensorrt-notes.json", "notes.txt"]
+    for name in (*left, *others):
+        (folder / name).write_text("whole")
+    record = build_plan(bundle, "tensorrt").record
+    own = [name.removeprefix("engines/") for name in (record.plan, record.sidecar)]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*own, *others])
+    assert Bundle.open(bundle.path).altered_files() == []
+
+
 @needs_rtx
 def test_a_model_that_overflows_in_fp16_is_refused_before_it_is_built(make_bundle):
     bundle = make_bundle(interaction="concat")

@@ -18,6 +18,7 @@ from dlrm_deploy.engines.tensorrt.engine import _check_device, open_tensorrt_eng
 from dlrm_deploy.engines.torch_eager import TorchEngine
 from dlrm_deploy.errors import BatchError, BundleError, EngineError
 from dlrm_deploy.files import sha256_file
+from dlrm_deploy.parity.check import check_parity
 
 no_gpu = pytest.mark.skipif(cuda.device_count() > 0, reason="this machine has a GPU")
 
@@ -68,8 +69,6 @@ def test_the_batch_is_checked_before_the_gpu(own_rtx_bundle):
     long = batch_of(config, [[1, 1], [1, 1], [0, 9], [1, 7]])
     with pytest.raises(BatchError, match=r"feature 'f2', sample 1: the bag holds 9 ids.*at most 5.*--max-bag 9"):
         engine.predict(long)
-    with pytest.raises(BatchError, match=r"has 65 samples.*at most 64.*--max-batch 65"):
-        engine.predict(batch_of(config, [[1] * 65] * 4))
     bad = batch_of(config, [[1, 1]] * 4)
     bad.indices[3] = 3
     with pytest.raises(BatchError, match=r"feature 'f1', sample 1, position 0 of its bag: id 3 is outside \[0, 3\)"):
@@ -164,6 +163,34 @@ def test_our_side_gives_the_reference_scores(make_bundle, fake_tensorrt, fake_dr
         for name, batch in awkward_batches(bundle.config).items():
             np.testing.assert_allclose(engine.predict(batch), reference.predict(batch), rtol=0, atol=1e-6, err_msg=name)
     assert (fake_driver.memory, fake_driver.contexts, fake_driver.streams) == ({}, 0, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"factors": (3, 1, 2, 3), "weighted": True}], ids=["ragged", "fixed"])
+@pytest.mark.parametrize("samples", [4, 5, 13])
+def test_a_batch_larger_than_the_plan_is_scored_in_pieces(make_bundle, fake_tensorrt, fake_driver, options, samples):
+    bundle = make_bundle(**options)
+    build_plan(bundle, "tensorrt", max_batch=4)
+    batch = batch_of(bundle.config, [[factor] * samples for factor in options.get("factors", (2, 0, 5, 1))])
+    with open_engine(bundle, "tensorrt") as engine:
+        scores = engine.predict(batch)
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, TorchEngine(bundle, 1).predict(batch), rtol=0, atol=1e-6)
+
+
+def test_a_plan_of_a_small_batch_passes_the_parity_check(make_bundle, fake_tensorrt, fake_driver):
+    bundle = make_bundle()
+    build_plan(bundle, "tensorrt", max_batch=64)
+    report = check_parity(bundle, "tensorrt", threads=1)
+    assert [case.name for case in report.cases if not case.passed] == []
+    assert "2048 random samples" in [case.name for case in report.cases]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_engine_says_the_precision_of_its_plan(make_bundle, fake_tensorrt, fake_driver, precision):
+    bundle = make_bundle()
+    build_plan(bundle, "tensorrt", precision=precision)
+    with open_engine(bundle, "tensorrt") as engine:
+        assert engine.precision == precision
 
 
 def test_a_bad_batch_does_not_harm_the_next(make_bundle, fake_tensorrt, fake_driver):

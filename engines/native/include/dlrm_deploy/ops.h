@@ -8,10 +8,11 @@
  *            Strings returned are the library's; those of dlrm_deploy_last_error() live until this
  *            thread's next call, all others as long as the library.
  * Errors:    calls return dlrm_deploy_status. None throws, aborts or prints. On an error the
- * content of the output buffers is unspecified, and dlrm_deploy_last_error() says why. Threads: any
- * call may run on any thread. Calls that ask for more than one thread share one pool and run one
- * after the other. Versions:  structs grow only at the end; set struct_size to sizeof so that older
- * callers keep working. */
+ *            content of the output buffers is unspecified, and dlrm_deploy_last_error() says why.
+ * Threads:   any call may run on any thread. Calls that ask for more than one thread start the
+ *            others themselves and join them before they return.
+ * Versions:  structs grow only at the end; set struct_size to sizeof so that older callers keep
+ *            working. */
 #ifndef DLRM_DEPLOY_OPS_H_
 #define DLRM_DEPLOY_OPS_H_
 
