@@ -45,10 +45,11 @@ def awkward_batches(config: ModelConfig, rng: np.random.Generator) -> dict[str, 
     return batches
 
 
-def out_of_range_batch(config: ModelConfig, rng: np.random.Generator) -> Batch:
+def out_of_range_batch(config: ModelConfig, rng: np.random.Generator, index_dtype: npt.DTypeLike) -> Batch:
     """Longest bags in which each feature has ids just below and just above its table, and the first one far outside.
 
-    All ids fit 32 bits, so that graphs with 32-bit ids are asked the same.
+    Where ids are int64, the last of several features has some beyond 32 bits too: ONNX Runtime's own operators are not
+    all right about them.
     """
     longest_FB = np.repeat([[feature.longest_bag] for feature in config.features], SAMPLES, axis=1)
     batch = _batch(config, rng, longest_FB)
@@ -59,6 +60,8 @@ def out_of_range_batch(config: ModelConfig, rng: np.random.Generator) -> Batch:
     ids[starts_F] = -1
     ids[ends_F - 1] = np.minimum(config.feature_rows, _INT32.max)
     ids[starts_F[0] + 1], ids[starts_F[0] + 2] = _INT32.max, _INT32.min
+    if index_dtype == np.int64 and len(starts_F) > 1:
+        ids[starts_F[-1] + 1], ids[starts_F[-1] + 2] = 2**31, 2**32 - 1
     return Batch(batch.dense, ids, batch.offsets, batch.weights)
 
 

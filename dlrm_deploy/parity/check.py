@@ -221,7 +221,7 @@ def _cases(
 
     golden = bundle.golden()
     yield "golden batch", against(golden.batch, lambda: golden.probabilities)
-    bad = out_of_range_batch(config, rng)
+    bad = out_of_range_batch(config, rng, bundle.manifest.index_dtype)
     if config.index_policy == "error":
         # Early in the list: every later case also shows that a refused batch leaves the engine whole.
         yield "ids out of range: refused", lambda: _refusal_problem(engine, reference, bad)

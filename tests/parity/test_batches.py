@@ -40,8 +40,15 @@ def test_a_model_with_fixed_bags_gets_no_other_bags():
     assert names == {"longest bags", "one id repeated", "first and last rows"}
 
 
+def test_out_of_range_ids_go_beyond_32_bits_where_ids_are_int64(config):
+    wide = out_of_range_batch(config, np.random.default_rng(0), np.int64)
+    narrow = out_of_range_batch(config, np.random.default_rng(0), np.int32)
+    assert narrow.indices.max() == 2**31 - 1
+    assert wide.indices.max() == (2**32 - 1 if len(config.features) > 1 else 2**31 - 1)
+
+
 def test_out_of_range_ids_lie_on_both_sides_of_every_table_and_fit_32_bits(config):
-    batch = out_of_range_batch(config, np.random.default_rng(0))
+    batch = out_of_range_batch(config, np.random.default_rng(0), np.int32)
     batch.check_fits(config)
     bounds = batch.offsets[::SAMPLES]
     for f, rows in enumerate(config.feature_rows):
