@@ -200,7 +200,7 @@ class TrainRecipe:
     """Of the weights and of the order of samples."""
 
     threads: int | None = None
-    """CPU threads; all cores that the process may use where left out. Another number gives weights that differ in the last bits."""
+    """CPU threads; all cores that the process may use where left out. Other numbers change the last bits of weights."""
 
     evaluate_steps: int | None = None
     """Score the validation split after so many steps; at the end of each epoch where left out."""

@@ -10,7 +10,7 @@ from dlrm_deploy.train.logistic_regression import fit_logistic_regression
 from dlrm_deploy.train.recipe import Recipe
 from dlrm_deploy.train.run import train
 
-RECIPE = Path(__file__).parents[2] / "train" / "recipes" / "movielens.toml"
+RECIPE = Path(__file__).parents[2] / "dlrm_deploy" / "train" / "recipes" / "movielens.toml"
 
 
 @pytest.mark.slow

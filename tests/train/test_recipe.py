@@ -8,7 +8,7 @@ import pytest
 from dlrm_deploy.errors import ConfigError
 from dlrm_deploy.train.recipe import Recipe
 
-RECIPES = Path(__file__).parents[2] / "train" / "recipes"
+RECIPES = Path(__file__).parents[2] / "dlrm_deploy" / "train" / "recipes"
 LAYERS = {"name": "m", "width": 4, "bottom_mlp": [4], "top_mlp": [1]}
 GOOD = {
     "model": {"preset": "kaggle", "scale_rows": 0.001},
