@@ -22,6 +22,10 @@ from dlrm_deploy.presets import preset
 MlpOptimizer = Literal["adagrad", "sgd"]
 
 
+_MOST = 1 << 40  # more samples, steps and seeds than anybody has, and no sum of them overflows 64 bits
+_MOST_THREADS = 1024
+
+
 def _check_number(field: str, value: object, *, positive: bool) -> None:
     """A finite number above zero, or from zero on."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -29,9 +33,11 @@ def _check_number(field: str, value: object, *, positive: bool) -> None:
         raise ConfigError(f"{field} must be a number {'above' if positive else 'of at least'} 0, got {value!r}.")
 
 
-def _check_count(field: str, value: object, least: int = 1) -> None:
+def _check_count(field: str, value: object, least: int = 1, most: int = _MOST) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{field} must be a whole number of at least {least}, got {value!r}.")
+    if value > most:
+        raise ConfigError(f"{field} must be at most {most}, got {value}.")
 
 
 def _check_text(field: str, value: object) -> None:
@@ -224,6 +230,8 @@ class TrainRecipe:
         for field in ("epochs", "steps", "threads", "evaluate_steps", "patience", "checkpoint_steps"):
             if getattr(self, field) is not None:
                 _check_count(f"[train] {field}", getattr(self, field))
+        if self.threads is not None:
+            _check_count("[train] threads", self.threads, most=_MOST_THREADS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

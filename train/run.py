@@ -202,7 +202,9 @@ def _claim(out: Path, recipe: Recipe) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             raise OutputError(f"another process is training in {out}. Wait for it, or choose another --out.") from err
-        if not (out / RECIPE).exists():
+        # A run that failed before its first checkpoint, over a typo in the recipe say, binds nobody.
+        begun = (out / RESULT).exists() or any((out / CHECKPOINTS).iterdir())
+        if not begun or not (out / RECIPE).exists():
             with atomic_file(out / RECIPE) as partial:
                 partial.write_text(recipe.to_toml(), encoding="utf-8")
         elif (earlier := Recipe.read(out / RECIPE)) != recipe:

@@ -454,3 +454,13 @@ def test_reporter_hears_every_step(tmp_path, recipe):
 
     train(recipe, tmp_path / "run", Listener())
     assert heard == [(0, 40), *range(1, 41)]
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_takes_a_mended_recipe(recipe, tmp_path):
+    out = tmp_path / "mended"
+    broken = replace(recipe, model=replace(recipe.model, file=str(tmp_path / "missing.toml")))
+    with pytest.raises(ConfigError, match=r"missing.toml"):
+        train(broken, out)
+    assert train(recipe, out).steps > 0
+    with pytest.raises(ConfigError, match="is a run of another recipe"):
+        train(broken, out)
