@@ -20,7 +20,7 @@ import numpy.typing as npt
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.config import ModelConfig, from_mapping
 from dlrm_deploy.errors import BundleError, ConfigError, DlrmDeployError
-from dlrm_deploy.files import atomic_file, locked, output_errors, sha256_file
+from dlrm_deploy.files import atomic_file, file_damage, locked, output_errors, sha256_file
 
 FORMAT = "dlrm-deploy bundle"
 FORMAT_VERSION = 1
@@ -276,20 +276,9 @@ class Bundle:
     def verify_file(self, name: str, verify: Verify = "full") -> None:
         """Raise `BundleError` if the file is missing, or its size or hash is not the manifest's."""
         record, path = self.manifest.files[name], self.path / name
-        remedy = "Copy the bundle again, or export it again."
-        try:
-            size = path.stat().st_size
-            if size != record.size:
-                raise BundleError(
-                    f"{path} has {size} bytes, the manifest says {record.size}: it was cut or altered. {remedy}"
-                )
-            hashed = verify == "full" or (verify == "auto" and size <= AUTO_HASH_BYTES)
-            if hashed and sha256_file(path) != record.sha256:
-                raise BundleError(f"{path} was altered: its SHA-256 is not the manifest's. {remedy}")
-        except FileNotFoundError as err:
-            raise BundleError(f"{path} is missing. {remedy}") from err
-        except OSError as err:
-            raise BundleError(f"cannot read {path}: {err}.") from err
+        hashed = verify == "full" or (verify == "auto" and record.size <= AUTO_HASH_BYTES)
+        if damage := file_damage(path, record.size, record.sha256 if hashed else None, "the manifest"):
+            raise BundleError(f"{damage} Copy the bundle again, or export it again.")
 
     def altered_files(self) -> list[str]:
         """Hash every file in full; one message for each that is missing or altered."""

@@ -33,7 +33,7 @@ import numpy.typing as npt
 from dlrm_deploy.bundle import AUTO_HASH_BYTES, FileRecord, Golden
 from dlrm_deploy.config import ModelConfig, from_mapping
 from dlrm_deploy.errors import CheckpointError, ConfigError, DlrmDeployError
-from dlrm_deploy.files import atomic_folder, sha256_file, sha256_folder
+from dlrm_deploy.files import atomic_folder, file_damage, sha256_file, sha256_folder
 from dlrm_deploy.model.keys import dense_shapes, table_shapes
 
 if TYPE_CHECKING:
@@ -370,18 +370,8 @@ def _read_files(folder: Path) -> dict[str, FileRecord]:
 
 
 def _verify_file(path: Path, record: FileRecord, hashed: bool) -> None:
-    try:
-        size = path.stat().st_size
-        if size != record.size:
-            raise CheckpointError(
-                f"{path} has {size} bytes, {FILES} says {record.size}: it was cut or altered. {_REMEDY}"
-            )
-        if hashed and sha256_file(path) != record.sha256:
-            raise CheckpointError(f"{path} was altered: its SHA-256 is not the one in {FILES}. {_REMEDY}")
-    except FileNotFoundError as err:
-        raise CheckpointError(f"{path} is missing. {_REMEDY}") from err
-    except OSError as err:
-        raise CheckpointError(f"cannot read {path}: {err}.") from err
+    if damage := file_damage(path, record.size, record.sha256 if hashed else None, FILES):
+        raise CheckpointError(f"{damage} {_REMEDY}")
 
 
 def _box(chunk: _Chunk) -> tuple[slice, ...]:

@@ -28,6 +28,21 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_damage(path: Path, size: int, sha256: str | None, source: str) -> str | None:
+    """What is wrong with a file that `source` lists with this size and hash (None: not compared), if anything."""
+    try:
+        seen = path.stat().st_size
+        if seen != size:
+            return f"{path} has {seen} bytes, {source} says {size}: it was cut or altered."
+        if sha256 is not None and sha256_file(path) != sha256:
+            return f"{path} was altered: its SHA-256 is not the one in {source}."
+    except FileNotFoundError:
+        return f"{path} is missing."
+    except OSError as err:
+        return f"cannot read {path}: {err}."
+    return None
+
+
 def sha256_folder(folder: Path) -> str:
     """Hex SHA-256 over the names and hashes of all files of a folder, in the order of their names."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
