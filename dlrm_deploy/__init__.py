@@ -23,25 +23,31 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = ["Batch", "DlrmDeployError", "get_library_path", "load"]
 
 
-def load(bundle: str | Path, engine: str = "onnxruntime", threads: int | None = None) -> Engine:
+def load(
+    bundle: str | Path, engine: str = "onnxruntime", threads: int | None = None, *, require_parity: bool = False
+) -> Engine:
     """Open a bundle with an engine.
+
+    An engine that has not passed `dlrm-deploy check` on this bundle says so with a `ParityWarning`
+    (`dlrm_deploy.errors`) when it first scores.
 
     Args:
         bundle: folder written by `dlrm-deploy export`.
         engine: "onnxruntime" (our kernels), "onnxruntime-stock", "torch", "tensorrt-rtx" or "tensorrt".
         threads: CPU threads; None for one per core.
+        require_parity: refuse an engine that has not passed `dlrm-deploy check` on these files.
 
     Returns:
         An engine; `engine.predict(Batch(...))` gives [B] float32 probabilities.
 
     Raises:
         BundleError: the bundle is missing, damaged or altered.
-        EngineError: the engine is unknown or cannot run here; the message says why.
+        EngineError: the engine is unknown, cannot run here, or has not passed; the message says why.
     """
     from dlrm_deploy.bundle import Bundle
     from dlrm_deploy.engines.registry import open_engine
 
-    return open_engine(Bundle.open(bundle), engine, threads=threads)
+    return open_engine(Bundle.open(bundle), engine, threads=threads, require_parity=require_parity)
 
 
 def get_library_path() -> str:

@@ -149,7 +149,11 @@ class Batch:
             return None
         counts_F = np.diff(self.offsets[::B]) if B else np.zeros(F, np.int64)
         limits_N = np.repeat(np.array(config.feature_rows, np.int64), counts_F)
-        bad = np.flatnonzero((self.indices < 0) | (self.indices >= limits_N))
+        ids_N = self.indices
+        if any(feature.modulo for feature in config.features):
+            moduli_N = np.repeat(np.array([feature.modulo or 0 for feature in config.features]), counts_F)
+            ids_N = np.where(moduli_N > 0, ids_N % np.maximum(moduli_N, 1), ids_N)
+        bad = np.flatnonzero((ids_N < 0) | (ids_N >= limits_N))
         if bad.size == 0:
             return None
         position = int(bad[0])

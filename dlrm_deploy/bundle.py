@@ -6,6 +6,7 @@ written by `dlrm_deploy.export`, plans are added by `dlrm_deploy.engines.tensorr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 import zlib
@@ -28,6 +29,8 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DENSE = "dense.npz"
 GOLDEN = "golden.npz"
+REFERENCE = "torch"
+"""The engine that parity is measured against."""
 
 Verify = Literal["auto", "full", "none"]
 
@@ -95,6 +98,15 @@ class Manifest:
     parity: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Latest parity record of each engine."""
 
+    def files_digest(self, engine: str) -> str:
+        """SHA-256 over the hashes of the files that the scores of an engine follow from: model, weights, its own plan.
+
+        A parity record holds it, and counts for no other files.
+        """
+        plans = {name: plan.engine for plan in self.plans for name in (plan.plan, plan.sidecar)}
+        names = sorted(name for name in self.files if name != GOLDEN and plans.get(name, engine) == engine)
+        return hashlib.sha256("".join(f"{self.files[name].sha256}  {name}\n" for name in names).encode()).hexdigest()
+
     @property
     def index_dtype(self) -> np.dtype[Any]:
         """Type of the graph's `indices` input: int32 or int64."""
@@ -148,6 +160,8 @@ class Manifest:
             raise BundleError(f"{where} is damaged: indices are {self.index_dtype}. Export the bundle again.")
         for record in (*self.files.values(), *self.plans, *self.table_groups, *self.inputs, *self.outputs):
             _check_types(record, where)
+        if not all(isinstance(record, dict) for record in self.parity.values()):
+            raise BundleError(f"{where} is damaged: a parity record is no object. Export the bundle again.")
         for name in self.files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
@@ -311,6 +325,20 @@ class Bundle:
     def record_parity(self, engine: str, record: dict[str, Any]) -> None:
         """Store the latest parity record of an engine in the manifest."""
         self._update(lambda manifest: replace(manifest, parity={**manifest.parity, engine: record}))
+
+    def parity_gap(self, engine: str) -> str | None:
+        """Why it is not known that an engine agrees with the reference on these files; None where it is.
+
+        The reference, engine `torch`, needs no record.
+        """
+        if engine == REFERENCE:
+            return None
+        record = self.manifest.parity.get(engine)
+        if record is None:
+            return "it was never checked"
+        if record.get("files") != self.manifest.files_digest(engine):
+            return f"its record of {record.get('time')} is of other files"
+        return None if record.get("passed") is True else f"the check of {record.get('time')} failed"
 
     def add_plan(self, record: PlanRecord) -> None:
         """List a plan and its sidecar, already written under `engines/`, in place of the same engine's earlier one."""

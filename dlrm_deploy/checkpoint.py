@@ -7,39 +7,34 @@
         golden.npz            a few real inputs and the probabilities of the model that was in memory
         files.json            size and SHA-256 of each of these files
 
-Any number of processes may have written it: a tensor is put together from its stored chunks. Reading trusts nothing:
-files are verified against `files.json`, because torch does not notice an altered byte; the metadata, which torch
-pickles, is read by an unpickler that knows a dozen stand-in types and calls nothing else, and tensors are loaded with
-`weights_only=True`. Writing is atomic.
+Any number of processes may have written it: `dlrm_deploy.tensors.dcp` puts a tensor together from its stored pieces,
+and runs nothing that a file holds. Files are verified against `files.json`, because neither it nor torch notices an
+altered byte. Writing is atomic.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import math
-import pathlib
-import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dlrm_deploy.bundle import AUTO_HASH_BYTES, FileRecord, Golden
 from dlrm_deploy.config import ModelConfig, from_mapping
 from dlrm_deploy.errors import CheckpointError, ConfigError, DlrmDeployError
 from dlrm_deploy.files import atomic_folder, file_damage, sha256_file, sha256_folder
 from dlrm_deploy.model.keys import dense_shapes, table_shapes
+from dlrm_deploy.tensors.dcp import METADATA, DcpFolder
+from dlrm_deploy.tensors.finite import check_finite
+from dlrm_deploy.tensors.store import Array
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METADATA = ".metadata"
 MODEL = "model.toml"
 TRAINER = "trainer.json"
 GOLDEN = "golden.npz"
@@ -111,24 +106,6 @@ def _system_errors() -> Iterator[None]:
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A stored box of a tensor, and where its bytes are."""
-
-    starts: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    shape: tuple[int, ...]
-    dtype: str
-    chunks: tuple[_Chunk, ...]
-
-
 class Checkpoint:
     """An opened checkpoint. Tensors are read when asked for, one at a time.
 
@@ -138,12 +115,10 @@ class Checkpoint:
     Keys are those stored: `MODEL_PREFIX` + a name of `dlrm_deploy.model.keys` for the model's weights.
     """
 
-    def __init__(
-        self, path: Path, config: ModelConfig, entries: Mapping[str, _Entry], unverified: Mapping[str, FileRecord]
-    ) -> None:
-        self.path = path
+    def __init__(self, store: DcpFolder, config: ModelConfig, unverified: Mapping[str, FileRecord]) -> None:
+        self.path = store.path
         self.config = config
-        self._entries = entries
+        self._store = store
         self._unverified = dict(unverified)
         """Files that are still to be hashed."""
 
@@ -169,17 +144,18 @@ class Checkpoint:
         except ConfigError as err:
             raise CheckpointError(f"{path} is damaged: {err}") from err
         large = {name: record for name, record in records.items() if record.size > AUTO_HASH_BYTES}
-        checkpoint = cls(path, config, _read_metadata(path / METADATA), large)
+        checkpoint = cls(DcpFolder(path), config, large)
         if records:
-            used = {chunk.file for entry in checkpoint._entries.values() for chunk in entry.chunks}
-            used |= {name for name in (METADATA, MODEL, TRAINER, GOLDEN) if (path / name).exists()}
+            used = checkpoint._store.files() | {
+                name for name in (METADATA, MODEL, TRAINER, GOLDEN) if (path / name).exists()
+            }
             if unlisted := sorted(used - set(records)):
                 raise CheckpointError(f"{path / FILES} is damaged: it does not list {', '.join(unlisted)}. {_REMEDY}")
         for name, shape in {**dense_shapes(config), **table_shapes(config)}.items():
             key = MODEL_PREFIX + name
             checkpoint._check_entry(key, shape)
-            if checkpoint._entries[key].dtype != "float32":
-                raise CheckpointError(f"{path}: {key} is {checkpoint._entries[key].dtype}, expected float32.")
+            if (dtype := checkpoint._store.dtype(key)) != "float32":
+                raise CheckpointError(f"{path}: {key} is {dtype}, expected float32.")
         return checkpoint
 
     @property
@@ -199,56 +175,33 @@ class Checkpoint:
 
     def keys(self) -> tuple[str, ...]:
         """The keys of all stored tensors."""
-        return tuple(self._entries)
+        return self._store.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a stored tensor."""
-        return self._entry(key).shape
+        return self._store.shape(key)
 
-    def read(self, key: str) -> npt.NDArray[Any]:
-        """A whole tensor. Memory: the tensor, and its largest chunk where it was stored in several.
+    def read(self, key: str) -> Array:
+        """A whole tensor. Memory: the tensor and one block.
 
         Raises:
             CheckpointError: there is no such key, a file is missing or truncated, or a value is NaN or infinite.
         """
-        entry = self._entry(key)
-        if len(entry.chunks) == 1:
-            return self._load(key, entry.chunks[0])
-        whole: npt.NDArray[Any] | None = None
-        for chunk in entry.chunks:
-            values = self._load(key, chunk)
-            if whole is None:
-                whole = np.empty(entry.shape, values.dtype)
-            whole[_box(chunk)] = values
-        assert whole is not None  # an entry has at least one chunk
-        return whole
+        values = self._store.read(key)
+        check_finite(values, 0, f"{self.path}: {key}")
+        return values
 
-    def chunks(self, key: str) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def chunks(self, key: str) -> Iterator[tuple[int, Array]]:
         """The tensor in blocks of whole rows, from the first row to the last: (first row, block [rows, ...]).
 
-        Memory: the largest block, and where processes stored columns of it, the largest of those.
+        Memory: a block, at most 16 MiB where a row is not larger.
 
         Raises:
-            CheckpointError: as `read`, or the chunks do not line up in blocks of rows.
+            CheckpointError: as `read`.
         """
-        entry = self._entry(key)
-        blocks: dict[int, list[_Chunk]] = {}
-        for chunk in sorted(entry.chunks, key=lambda chunk: chunk.starts):
-            blocks.setdefault(chunk.starts[0] if chunk.starts else 0, []).append(chunk)
-        if any(len({chunk.sizes[:1] for chunk in parts}) > 1 for parts in blocks.values()):
-            raise CheckpointError(f"{self.path}: the chunks of {key} do not form blocks of rows. Re-shard it first.")
-        for start, parts in blocks.items():
-            if len(parts) == 1:
-                yield start, self._load(key, parts[0])
-                continue
-            block: npt.NDArray[Any] | None = None
-            for chunk in parts:
-                values = self._load(key, chunk)
-                if block is None:
-                    block = np.empty((chunk.sizes[0], *entry.shape[1:]), values.dtype)
-                block[(slice(None), *_box(chunk)[1:])] = values
-            assert block is not None  # `parts` is not empty
-            yield start, block
+        for first, block in self._store.chunks(key):
+            check_finite(block, first, f"{self.path}: {key}")
+            yield first, block
 
     def load_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill the given tensors, named by their stored keys, in place, after `verify`.
@@ -262,8 +215,9 @@ class Checkpoint:
         with torch.no_grad():
             for key, tensor in tensors.items():
                 self._check_entry(key, tuple(tensor.shape))
-                for chunk in self._entries[key].chunks:
-                    tensor[_box(chunk)] = torch.from_numpy(self._load(key, chunk))
+                for first, block in self.chunks(key):
+                    part = tensor[first : first + len(block)] if block.ndim else tensor
+                    part.copy_(torch.from_numpy(block))
 
     def trainer_state(self) -> dict[str, Any]:
         """What `trainer.json` holds.
@@ -288,47 +242,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is damaged: {err}") from err
         return golden
 
-    def _entry(self, key: str) -> _Entry:
-        if key not in self._entries:
-            near = [known for known in self._entries if known.rpartition(".")[2] == key.rpartition(".")[2]]
-            raise CheckpointError(
-                f"{self.path} holds no tensor {key}. It holds {len(self._entries)}, such as "
-                f"{', '.join((near or list(self._entries))[:3]) or 'none'}."
-            )
-        return self._entries[key]
-
     def _check_entry(self, key: str, shape: tuple[int, ...]) -> None:
-        entry = self._entry(key)
-        if entry.shape != shape:
-            raise CheckpointError(f"{self.path}: {key} is {list(entry.shape)}, but the model needs {list(shape)}.")
-
-    def _load(self, key: str, chunk: _Chunk) -> npt.NDArray[Any]:
-        import torch
-
-        file = self.path / chunk.file
-        try:
-            size = file.stat().st_size
-            if size < chunk.offset + chunk.length:
-                raise CheckpointError(
-                    f"{file} is truncated: {key} ends at byte {chunk.offset + chunk.length}, the file at {size}."
-                )
-            with file.open("rb") as stream:
-                window = cast(IO[bytes], _Window(stream, chunk.offset, chunk.length))
-                tensor = torch.load(window, map_location="cpu", weights_only=True)
-        except OSError as err:
-            raise CheckpointError(f"cannot read {key} from {file}: {err}.") from err
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as err:
-            raise CheckpointError(f"{file} is damaged where {key} is stored: {str(err).splitlines()[0]}") from err
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes:
-            seen = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{file} is damaged: {key} should be {list(chunk.sizes)}, found {seen}.")
-        values: npt.NDArray[Any] = tensor.detach().numpy()
-        # One pass without a temporary: a sum of finite float32 values in float64 is finite.
-        if values.dtype.kind == "f" and not np.isfinite(np.sum(values, dtype=np.float64)):
-            raise CheckpointError(
-                f"{self.path}: {key} holds NaN or infinite values. Training diverged; use an earlier one."
-            )
-        return values
+        seen = self._store.shape(key)
+        if seen != shape:
+            raise CheckpointError(f"{self.path}: {key} is {list(seen)}, but the model needs {list(shape)}.")
 
 
 _REMEDY = "Copy the checkpoint again, or go back to an earlier one."
@@ -372,160 +289,3 @@ def _read_files(folder: Path) -> dict[str, FileRecord]:
 def _verify_file(path: Path, record: FileRecord, hashed: bool) -> None:
     if damage := file_damage(path, record.size, record.sha256 if hashed else None, FILES):
         raise CheckpointError(f"{damage} {_REMEDY}")
-
-
-def _box(chunk: _Chunk) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(chunk.starts, chunk.sizes, strict=True))
-
-
-class _Window(io.RawIOBase):
-    """Part of a file as a file, so that a tensor is read straight into its memory."""
-
-    def __init__(self, stream: io.BufferedReader, start: int, length: int) -> None:
-        self._stream = stream
-        self._start = start
-        self._length = length
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
-        self._stream.seek(self._start + self._position)
-        count = self._stream.readinto(view)
-        self._position += count
-        return count
-
-
-# The metadata: torch pickles dataclasses of its own. Stand-ins take their place, so nothing of torch is run or changed.
-
-
-@dataclass
-class _Record:
-    """Stand-in for any of torch's metadata classes: it only holds what was pickled."""
-
-    state: Any = field(default_factory=dict)
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def get(self, name: str, kind: type) -> Any:
-        value = self.state.get(name) if isinstance(self.state, dict) else None
-        if not isinstance(value, kind):
-            raise _DamagedError(f"{name} is {type(value).__name__}, expected {kind.__name__}")
-        return value
-
-
-class _Index(_Record):
-    """Key of `storage_data`; torch compares the name and the place, not the number."""
-
-    def __hash__(self) -> int:
-        return hash((self.get("fqn", str), self.state.get("offset")))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Index) and self._key() == other._key()
-
-    def _key(self) -> tuple[Any, Any]:
-        return self.get("fqn", str), self.state.get("offset")
-
-
-class _DamagedError(Exception):
-    pass
-
-
-def _value(*values: Any) -> Any:
-    return values[0] if values else None
-
-
-def _path(*parts: str) -> str:
-    return str(pathlib.PurePosixPath(*parts))
-
-
-def _size(values: Any = ()) -> tuple[int, ...]:
-    return tuple(values)
-
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-_STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
-    **{
-        (_METADATA, name): _Record
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "StorageMeta",
-        )
-    },
-    (_METADATA, "MetadataIndex"): _Index,
-    (_METADATA, "_MEM_FORMAT_ENCODING"): _value,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
-    ("torch", "Size"): _size,
-    ("torch.serialization", "_get_layout"): _value,
-    ("pathlib", "PosixPath"): _path,
-}
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the metadata of a checkpoint: a name outside the list is refused before anything is imported or called."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if module_name == "torch" and global_name in _DTYPES:
-            return global_name
-        if (module_name, global_name) not in _STAND_INS:
-            raise _DamagedError(f"it names {module_name}.{global_name}, which no checkpoint needs")
-        return _STAND_INS[module_name, global_name]
-
-
-def _read_metadata(path: Path) -> dict[str, _Entry]:
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, _Record):
-            raise _DamagedError(f"it holds a {type(metadata).__name__}")
-        storage = metadata.get("storage_data", dict)
-        return {
-            key: _entry(key, tensor, storage)
-            for key, tensor in metadata.get("state_dict_metadata", dict).items()
-            if "size" in tensor.state  # other objects are of no use here, and would need a pickle
-        }
-    except OSError as err:
-        raise CheckpointError(f"cannot read {path}: {err}.") from err
-    except Exception as err:  # a damaged pickle can fail in any way
-        raise CheckpointError(
-            f"{path} is damaged or was not written by torch.distributed.checkpoint: {err or type(err).__name__}."
-        ) from err
-
-
-def _entry(key: str, tensor: _Record, storage: Mapping[_Index, _Record]) -> _Entry:
-    shape = tensor.get("size", tuple)
-    chunks = []
-    for record in tensor.get("chunks", list):
-        starts, sizes = record.get("offsets", tuple), record.get("sizes", tuple)
-        info = storage[_Index({"fqn": key, "offset": starts})]
-        if info.state.get("transform_descriptors"):
-            raise _DamagedError(f"{key} is stored compressed")
-        chunk = _Chunk(starts, sizes, info.get("relative_path", str), info.get("offset", int), info.get("length", int))
-        inside = all(a >= 0 and a + n <= whole for a, n, whole in zip(starts, sizes, shape, strict=True))
-        if not inside or chunk.offset < 0 or chunk.length < 0 or Path(chunk.file).name != chunk.file:
-            raise _DamagedError(f"the place of {key} makes no sense")
-        chunks.append(chunk)
-    distinct = {chunk.starts: math.prod(chunk.sizes) for chunk in chunks}
-    if not chunks or sum(distinct.values()) != math.prod(shape):
-        raise _DamagedError(f"chunks of {key} are missing")
-    dtype, *_ = tensor.get("properties", _Record).state
-    return _Entry(shape, dtype, tuple(chunks))

@@ -8,73 +8,38 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from dlrm_deploy.errors import ConfigError
+from dlrm_deploy.tables import Slot, TableConfig, TableGroup, TablePart, check_choice, check_int, check_name
 
 Pooling = Literal["sum", "mean"]
-Interaction = Literal["dot", "concat", "dcn"]
+Interaction = Literal["dot", "concat", "dcn", "dcn-v1", "projection", "fm"]
+DenseTransform = Literal["none", "log1p", "log3"]
 IndexPolicy = Literal["error", "clamp", "modulo", "zero"]
 Precision = Literal["fp32", "fp16", "bf16"]
 """Number format of a plan's MLPs and interaction. Tables, the last layer and the sigmoid stay fp32."""
 
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 INTERACTIONS: tuple[str, ...] = get_args(Interaction)
+DENSE_TRANSFORMS: tuple[str, ...] = get_args(DenseTransform)
+LOG_SHIFTS = {"log1p": 1.0, "log3": 3.0}
+"""What a dense transform adds to a value before the logarithm."""
+
 INDEX_POLICIES: tuple[str, ...] = get_args(IndexPolicy)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-MAX_VALUES = 1 << 50
-"""Most values of a table, 4 PiB in float32: row addresses, in bytes and in 64 bits, are far from overflowing."""
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 T = TypeVar("T")
-
-
-def _check_name(kind: str, name: object) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(f"{kind} name {name!r} must be letters, digits, '_' or '-', and not begin with '-'.")
-
-
-def _check_int(owner: str, field: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{owner}: {field} must be a whole number of at least {least}, got {value!r}.")
 
 
 def check_bool(owner: str, field: str, value: object) -> None:
     """Raise `ConfigError` for anything but true and false: a text such as "no" would count as true."""
     if not isinstance(value, bool):
         raise ConfigError(f"{owner}: {field} must be true or false, got {value!r}.")
-
-
-def _check_choice(owner: str, field: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{owner}: {field} must be one of {', '.join(choices)}, got {value!r}.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TableConfig:
-    """One embedding table. `rows` and `width` count rows and float32 values, not bytes."""
-
-    name: str
-    """Table name, as in checkpoint keys (`embedding_bags.<name>.weight`)."""
-
-    rows: int
-    """Number of distinct ids, after hashing."""
-
-    width: int
-    """Embedding width D."""
-
-    def __post_init__(self) -> None:
-        _check_name("table", self.name)
-        _check_int(f"table {self.name!r}", "rows", self.rows, 1)
-        _check_int(f"table {self.name!r}", "width", self.width, 1)
-        if self.rows * self.width > MAX_VALUES:
-            raise ConfigError(f"table {self.name!r}: {self.rows} x {self.width} values are more than any disk holds.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,16 +60,22 @@ class FeatureConfig:
     """Longest bag to expect, where bags vary: random data draws up to it, a TensorRT plan is sized by it.
     It is no limit for other engines."""
 
+    modulo: int | None = None
+    """Take ids modulo this first, as data loaders with a largest id do (facebookresearch/dlrm's `--max-ind-range`,
+    NVIDIA's `hash_indices`). The index policy looks at what remains."""
+
     def __post_init__(self) -> None:
-        _check_name("feature", self.name)
+        check_name("feature", self.name)
         owner = f"feature {self.name!r}"
-        _check_choice(owner, "pooling", self.pooling, POOLINGS)
+        check_choice(owner, "pooling", self.pooling, POOLINGS)
         if self.pooling_factor is not None:
-            _check_int(owner, "pooling_factor", self.pooling_factor, 1)
+            check_int(owner, "pooling_factor", self.pooling_factor, 1)
             if self.max_ids is not None:
                 raise ConfigError(f"{owner}: give pooling_factor (fixed bags) or max_ids (variable bags), not both.")
         if self.max_ids is not None:
-            _check_int(owner, "max_ids", self.max_ids, 1)
+            check_int(owner, "max_ids", self.max_ids, 1)
+        if self.modulo is not None:
+            check_int(owner, "modulo", self.modulo, 1)
 
     @property
     def longest_bag(self) -> int:
@@ -112,59 +83,53 @@ class FeatureConfig:
         return self.pooling_factor or self.max_ids or 1
 
 
-@dataclass(frozen=True, slots=True)
-class TableGroup:
-    """Tables of one width, stored one after the other in one matrix [rows, width]; derived, never configured."""
-
-    name: str
-    width: int
-    rows: int
-    tables: tuple[TableConfig, ...]
-    row_starts: tuple[int, ...]
-    """First row of each table in the group's matrix."""
-
-    slots: tuple[int, ...]
-    """Positions in `ModelConfig.features` of the features that this group pools, ascending."""
-
-    @property
-    def bytes(self) -> int:
-        """Size of the float32 matrix."""
-        return self.rows * self.width * 4
-
-    def rows_of(self, table: str) -> slice:
-        """The rows of one table in the group's matrix."""
-        for start, config in zip(self.row_starts, self.tables, strict=True):
-            if config.name == table:
-                return slice(start, start + config.rows)
-        raise KeyError(table)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A DLRM: bottom MLP (dense arch), embedding bags, interaction, top MLP (over arch), sigmoid.
 
     `features` is in batch order. MLP widths leave out the input, which follows from the rest; every hidden layer
-    ends in ReLU, the bottom MLP's last one too, and the top MLP ends in one logit.
+    ends in ReLU, the bottom MLP's last one too, and the top MLP ends in one logit. docs/models.md shows which models
+    of the literature are which configs.
     """
 
     name: str
-    dense_features: tuple[str, ...]
+    dense_features: tuple[str, ...] = ()
+    """Names of the columns of `dense`; empty for models of ids alone."""
+
     tables: tuple[TableConfig, ...]
     features: tuple[FeatureConfig, ...]
-    bottom_mlp: tuple[int, ...]
-    top_mlp: tuple[int, ...]
+    bottom_mlp: tuple[int, ...] = ()
+    """Empty: dense values go into the interaction as they are. For fm, each then has a vector that it scales."""
+
+    top_mlp: tuple[int, ...] = ()
+    """May be empty for interaction fm only, whose output is then the logit."""
 
     interaction: Interaction = "dot"
-    """dot: pairwise dot products; concat: dense and pooled vectors side by side; dcn: low-rank cross network."""
+    """What meets what, with x_0 the bottom MLP's output and x_1 ... x_F the features' vectors:
+    dot: x_0, and the dot products of all pairs.
+    concat: all vectors side by side.
+    dcn: the cross network of DCN v2 with low-rank matrices over them, x <- x_first * (W V x + b) + x.
+    dcn-v1: the cross network of DCN, x <- x_first * (w . x) + b + x.
+    projection: TorchRec's DLRM_Projection: two MLPs turn them into matrices whose product stands beside x_0.
+    fm: the sum of the dot products of all pairs, one number."""
 
     self_interaction: bool = False
     """dot only: add each vector's product with itself."""
 
     cross_layers: int = 0
-    """dcn only: number of cross layers."""
+    """dcn, dcn-v1: number of cross layers."""
 
     cross_rank: int = 0
     """dcn only: rank of each cross layer."""
+
+    branch1: tuple[int, ...] = ()
+    """projection only: widths of the first MLP, the last one a multiple of the vectors' width."""
+
+    branch2: tuple[int, ...] = ()
+    """projection only: of the second MLP."""
+
+    wide: bool = False
+    """Add first-order terms to the logit: a weight for each id and each dense feature, and a bias."""
 
     weighted: bool = False
     """Each id comes with a per-sample weight. Sum pooling only."""
@@ -172,14 +137,16 @@ class ModelConfig:
     index_policy: IndexPolicy = "error"
     """What happens to an id outside its table; see docs/operators.md."""
 
+    dense_transform: DenseTransform = "none"
+    """What the model does to raw dense values first: log1p is log(max(x + 1, 1)), log3 is log(max(x + 3, 1))."""
+
     def __post_init__(self) -> None:
-        _check_name("model", self.name)
-        if not self.dense_features:
-            raise ConfigError(f"model {self.name!r}: dense_features is empty, at least one is needed.")
+        check_name("model", self.name)
+        owner = f"model {self.name!r}"
         if not self.features:
-            raise ConfigError(f"model {self.name!r}: features is empty, at least one is needed.")
+            raise ConfigError(f"{owner}: features is empty, at least one is needed.")
         for name in self.dense_features:
-            _check_name("dense feature", name)
+            check_name("dense feature", name)
         for kind, names in (
             ("dense feature", self.dense_features),
             ("table", tuple(table.name for table in self.tables)),
@@ -187,21 +154,29 @@ class ModelConfig:
         ):
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
-                raise ConfigError(f"model {self.name!r}: {kind} names must differ, repeated: {', '.join(repeated)}.")
+                raise ConfigError(f"{owner}: {kind} names must differ, repeated: {', '.join(repeated)}.")
         self._check_tables()
-        for field in ("bottom_mlp", "top_mlp"):
+        for field in ("bottom_mlp", "top_mlp", "branch1", "branch2"):
             widths = getattr(self, field)
-            if not widths:
-                raise ConfigError(f"model {self.name!r}: {field} is empty, at least one layer is needed.")
+            if not isinstance(widths, (list, tuple)):
+                raise ConfigError(f"{owner}: {field} must be a list, got {widths!r}.")
+            object.__setattr__(self, field, tuple(widths))
             for width in widths:
-                _check_int(f"model {self.name!r}", field, width, 1)
-        if self.top_mlp[-1] != 1:
-            raise ConfigError(f"model {self.name!r}: top_mlp must end in 1 (one logit), got {self.top_mlp[-1]}.")
-        self._check_interaction()
-        _check_choice(f"model {self.name!r}", "index_policy", self.index_policy, INDEX_POLICIES)
-        check_bool(f"model {self.name!r}", "weighted", self.weighted)
+                check_int(owner, field, width, 1)
+        check_choice(owner, "interaction", self.interaction, INTERACTIONS)
+        if self.bottom_mlp and not self.dense_features:
+            raise ConfigError(f"{owner}: a bottom MLP needs dense_features, and there are none.")
+        if self.top_mlp and self.top_mlp[-1] != 1:
+            raise ConfigError(f"{owner}: top_mlp must end in 1 (one logit), got {self.top_mlp[-1]}.")
+        if not self.top_mlp and self.interaction != "fm":
+            raise ConfigError(f"{owner}: top_mlp is empty, at least one layer is needed.")
+        check_choice(owner, "index_policy", self.index_policy, INDEX_POLICIES)
+        check_choice(owner, "dense_transform", self.dense_transform, DENSE_TRANSFORMS)
+        for field in ("self_interaction", "wide", "weighted"):
+            check_bool(owner, field, getattr(self, field))
         if self.weighted and any(feature.pooling == "mean" for feature in self.features):
-            raise ConfigError(f"model {self.name!r}: per-sample weights go with sum pooling, not mean.")
+            raise ConfigError(f"{owner}: per-sample weights go with sum pooling, not mean.")
+        self._check_interaction(owner)
 
     def _check_tables(self) -> None:
         known = {table.name for table in self.tables}
@@ -215,42 +190,74 @@ class ModelConfig:
         if known - used:
             raise ConfigError(f"model {self.name!r}: no feature reads table {', '.join(sorted(known - used))}.")
 
-    def _check_interaction(self) -> None:
-        owner = f"model {self.name!r}"
-        _check_choice(owner, "interaction", self.interaction, INTERACTIONS)
-        check_bool(owner, "self_interaction", self.self_interaction)
-        if self.interaction == "dot":
-            for table in self.tables:
-                if table.width != self.bottom_mlp[-1]:
-                    raise ConfigError(
-                        f"{owner}: the dot interaction needs one width, but the bottom MLP ends in "
-                        f"{self.bottom_mlp[-1]} and table {table.name!r} is {table.width} wide."
-                    )
-        elif self.self_interaction:
-            raise ConfigError(f"{owner}: self_interaction belongs to interaction dot, not {self.interaction}.")
-        if self.interaction == "dcn":
-            _check_int(owner, "cross_layers", self.cross_layers, 1)
-            _check_int(owner, "cross_rank", self.cross_rank, 1)
-        elif self.cross_layers or self.cross_rank:
-            raise ConfigError(
-                f"{owner}: cross_layers and cross_rank belong to interaction dcn, not {self.interaction}."
-            )
+    def _check_interaction(self, owner: str) -> None:
+        kind = self.interaction
+        if kind in ("dot", "projection", "fm"):
+            self._check_one_width(owner)
+        if self.self_interaction and kind != "dot":
+            raise ConfigError(f"{owner}: self_interaction belongs to interaction dot, not {kind}.")
+        if kind in ("dcn", "dcn-v1"):
+            check_int(owner, "cross_layers", self.cross_layers, 1)
+        elif self.cross_layers:
+            raise ConfigError(f"{owner}: cross_layers belongs to interactions dcn and dcn-v1, not {kind}.")
+        if kind == "dcn":
+            check_int(owner, "cross_rank", self.cross_rank, 1)
+        elif self.cross_rank:
+            raise ConfigError(f"{owner}: cross_rank belongs to interaction dcn, not {kind}.")
+        for field in ("branch1", "branch2"):
+            widths = getattr(self, field)
+            if kind != "projection" and widths:
+                raise ConfigError(f"{owner}: {field} belongs to interaction projection, not {kind}.")
+            if kind == "projection" and (not widths or widths[-1] % self.vector_widths[0]):
+                raise ConfigError(
+                    f"{owner}: {field} must end in a multiple of the embedding width {self.vector_widths[0]}, got "
+                    f"{list(widths)}."
+                )
+        if kind in ("dot", "fm") and not self.has_dense_vector and len(self.features) < 2 and not self.dense_features:
+            raise ConfigError(f"{owner}: interaction {kind} needs two vectors, and there is one feature.")
+
+    def _check_one_width(self, owner: str) -> None:
+        kind = self.interaction
+        if not self.bottom_mlp and (kind == "projection" or (kind == "dot" and self.dense_features)):
+            raise ConfigError(f"{owner}: interaction {kind} needs a bottom MLP that ends in the embedding width.")
+        expected = self.bottom_mlp[-1] if self.bottom_mlp else self.vector_widths[0]
+        for table in self.tables:
+            if table.output_width != expected:
+                other = "the bottom MLP ends in" if self.bottom_mlp else "the first feature's vector is"
+                raise ConfigError(
+                    f"{owner}: the {kind} interaction needs one width, but {other} {expected} and table "
+                    f"{table.name!r} is {table.output_width} wide."
+                )
 
     # What follows from the above
 
     @property
     def groups(self) -> tuple[TableGroup, ...]:
-        """Tables grouped by width, in order of first appearance: one matrix and one operator node each."""
+        """Table parts grouped by width, in order of first appearance: one matrix and one operator node each."""
+        parts = [(part, table) for table in self.tables for part in table.parts]
+        if self.wide:
+            parts += [(table.wide_part, table) for table in self.tables]
         groups = []
-        for width in dict.fromkeys(table.width for table in self.tables):
-            tables = tuple(table for table in self.tables if table.width == width)
-            starts = [0]
-            for table in tables:
-                starts.append(starts[-1] + table.rows)
-            names = {table.name for table in tables}
-            slots = tuple(slot for slot, feature in enumerate(self.features) if feature.table in names)
-            groups.append(TableGroup(f"width{width}", width, starts[-1], tables, tuple(starts[:-1]), slots))
+        for width in dict.fromkeys(part.width for part, _ in parts):
+            members = tuple(part for part, _ in parts if part.width == width)
+            starts = {}
+            rows = 0
+            for part in members:
+                starts[part.name] = rows
+                rows += part.rows
+            slots = tuple(
+                Slot(feature, part, starts[part.name]) for feature, part in self._pooled() if part.name in starts
+            )
+            groups.append(TableGroup(f"width{width}", width, rows, members, tuple(starts.values()), slots))
         return tuple(groups)
+
+    def _pooled(self) -> list[tuple[int, TablePart]]:
+        """Feature and part of every bag that is pooled by an operator: part by part, in feature order."""
+        tables = [self.table(feature.table) for feature in self.features]
+        pooled = [(f, table) for f, table in enumerate(tables) if table.combine != "path"]
+        most = max((len(table.parts) for _, table in pooled), default=0)
+        slots = [(f, table.parts[j]) for j in range(most) for f, table in pooled if j < len(table.parts)]
+        return slots + [(f, table.wide_part) for f, table in enumerate(tables) if self.wide]
 
     def table(self, name: str) -> TableConfig:
         """The table of that name."""
@@ -268,13 +275,35 @@ class ModelConfig:
         return factors if len(factors) == len(self.features) else None
 
     @property
+    def has_dense_vector(self) -> bool:
+        """Whether the bottom MLP's output takes part in the interaction, as x_0."""
+        return bool(self.bottom_mlp)
+
+    @property
+    def dense_width(self) -> int:
+        """Width of what the dense values bring into the interaction."""
+        return self.bottom_mlp[-1] if self.bottom_mlp else len(self.dense_features)
+
+    @property
+    def vector_widths(self) -> tuple[int, ...]:
+        """Width of each feature's vector, in feature order."""
+        return tuple(self.table(feature.table).output_width for feature in self.features)
+
+    @property
+    def flat_width(self) -> int:
+        """Width of the dense values and all vectors side by side."""
+        return self.dense_width + sum(self.vector_widths)
+
+    @property
     def interaction_width(self) -> int:
         """Width of the vector between interaction and top MLP."""
-        dense = self.bottom_mlp[-1]
         if self.interaction == "dot":
-            vectors = len(self.features) + 1
-            return dense + vectors * (vectors + (1 if self.self_interaction else -1)) // 2
-        return dense + sum(self.table(feature.table).width for feature in self.features)
+            vectors = len(self.features) + self.has_dense_vector
+            return self.dense_width + vectors * (vectors + (1 if self.self_interaction else -1)) // 2
+        if self.interaction == "projection":
+            width = self.vector_widths[0]
+            return self.dense_width + (self.branch1[-1] // width) * (self.branch2[-1] // width)
+        return 1 if self.interaction == "fm" else self.flat_width
 
     @property
     def table_bytes(self) -> int:
@@ -285,21 +314,19 @@ class ModelConfig:
         """The same model with every table's rows multiplied by `factor` and rounded up (`--scale-rows`)."""
         if not (math.isfinite(factor) and factor > 0):
             raise ConfigError(f"--scale-rows must be a positive number, got {factor}.")
+        if any(table.partition != "full" for table in self.tables):
+            raise ConfigError("--scale-rows goes with tables of one row per id.")
         return replace(self, tables=tuple(replace(t, rows=math.ceil(t.rows * factor)) for t in self.tables))
 
     # TOML and JSON
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; options at their default are left out."""
-        defaults = {f.name: f.default for kind in (ModelConfig, FeatureConfig) for f in fields(kind)}
-
-        def strip(values: dict[str, Any]) -> dict[str, Any]:
-            return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
-
-        plain = strip(asdict(self))
-        plain["tables"] = [asdict(table) for table in self.tables]
-        plain["features"] = [strip(asdict(feature)) for feature in self.features]
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+        return {
+            **_plain(self),
+            "tables": [_plain(table) for table in self.tables],
+            "features": [_plain(feature) for feature in self.features],
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -328,7 +355,7 @@ class ModelConfig:
             features = tuple(from_mapping(FeatureConfig, v, f"{where}, features") for v in values["features"])
         else:
             features = tuple(FeatureConfig(name=table.name, table=table.name) for table in tables)
-        for key in ("dense_features", "bottom_mlp", "top_mlp"):
+        for key in ("dense_features", "bottom_mlp", "top_mlp", "branch1", "branch2"):
             if key in values:
                 if not isinstance(values[key], (list, tuple)):
                     raise ConfigError(f"{where}: {key} must be a list, got {values[key]!r}.")
@@ -360,6 +387,13 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"cannot read {path}: {err}.") from err
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The fields of a config that are not at their default, with lists for tuples."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    kept = {f.name: values[f.name] for f in fields(config) if f.default is MISSING or values[f.name] != f.default}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:

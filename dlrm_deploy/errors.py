@@ -41,3 +41,7 @@ class EngineError(DlrmDeployError):
 
 class MissingDependencyError(DlrmDeployError, ImportError):
     """A package that this call needs is not installed. The message names the extra that brings it."""
+
+
+class ParityWarning(UserWarning):
+    """An engine scores with a bundle for which it has not passed `dlrm-deploy check`."""

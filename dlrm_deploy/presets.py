@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dlrm_deploy.config import FeatureConfig, Interaction, ModelConfig, TableConfig
+from dlrm_deploy.config import FeatureConfig, Interaction, ModelConfig
 from dlrm_deploy.errors import ConfigError
+from dlrm_deploy.tables import TableConfig
 
 # Row counts of the 26 Criteo tables.
 _KAGGLE = (1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10,

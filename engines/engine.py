@@ -6,6 +6,7 @@ what one batch does wrong never harms the next.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import ClassVar, Self
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
-from dlrm_deploy.errors import BatchError, EngineError
+from dlrm_deploy.errors import BatchError, EngineError, ParityWarning
 
 
 class Engine(ABC):
@@ -27,6 +28,8 @@ class Engine(ABC):
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self.bundle = bundle
         self.threads = threads
+        self.warning: str | None = None
+        """What the next `predict` warns of, once: that this engine has not passed a parity check on this bundle."""
         self._closed = False
 
     def predict(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -38,7 +41,13 @@ class Engine(ABC):
         Raises:
             BatchError: the batch does not fit the model, or an id is out of range under index policy "error".
             EngineError: the engine failed, is closed, or cannot execute here.
+
+        Warns:
+            ParityWarning: at the first call, if `dlrm-deploy check` has not passed with this engine and bundle.
         """
+        if self.warning is not None:
+            warning, self.warning = self.warning, None
+            warnings.warn(warning, ParityWarning, stacklevel=2)
         if self._closed:
             raise EngineError(f"engine {self.name} is closed. Open the bundle again to score more batches.")
         if not isinstance(batch, Batch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,25 +38,31 @@ class StockOnnxRuntimeEngine(Engine):
         self._index_dtype = bundle.manifest.index_dtype
         self._takes_offsets = any(spec.name == "offsets" for spec in bundle.manifest.inputs)
 
-    def _open(self, profile: str | None = None) -> ort.InferenceSession:
+    def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _FATAL
         if not self._spin:
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        if profile is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = profile
+        if self.uses_library:
+            options.register_custom_ops_library(str(library_path()))
+        return options
+
+    def _open(self, profile: str | None = None) -> ort.InferenceSession:
         try:
-            if self.uses_library:
-                options.register_custom_ops_library(str(library_path()))
+            options = self._options()
+            if profile is not None:
+                options.enable_profiling = True
+                options.profile_file_prefix = profile
             return ort.InferenceSession(self.bundle.model_path, options, providers=["CPUExecutionProvider"])
         except Exception as err:  # ONNX Runtime's exceptions have no common base but Exception
             raise EngineError(f"ONNX Runtime {ort.__version__} cannot open {self.bundle.model_path}: {err}") from err
 
     def _feed(self, batch: Batch) -> dict[str, npt.NDArray[np.generic]]:
         indices, offsets = with_index_dtype(batch, self._index_dtype)
-        feed: dict[str, npt.NDArray[np.generic]] = {"dense": batch.dense, "indices": indices}
+        feed: dict[str, npt.NDArray[np.generic]] = {"indices": indices}
+        if self.bundle.config.dense_features:
+            feed["dense"] = batch.dense
         if self._takes_offsets:
             feed["offsets"] = offsets
         if batch.weights is not None:
@@ -73,6 +80,33 @@ class StockOnnxRuntimeEngine(Engine):
             raise EngineError(f"ONNX Runtime failed on a batch of {batch.batch_size} samples: {err}") from err
         result: npt.NDArray[np.float32] = probabilities
         return result
+
+    def stage_outputs(self, batch: Batch, tensors: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
+        """What the graph's inner tensors hold for a batch; names that the graph does not have are left out.
+
+        Raises:
+            EngineError: ONNX Runtime cannot run the graph with these outputs.
+        """
+        import onnx
+        from onnx import TensorProto, helper
+
+        model = onnx.load(self.bundle.model_path, load_external_data=False)
+        inner = {name for node in model.graph.node for name in node.output}
+        known = {output.name for output in model.graph.output}
+        names = [name for name in dict.fromkeys(tensors) if name in inner]
+        model.graph.output.extend(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in known
+        )
+        options = self._options()
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.bundle.model_path.parent)
+        )
+        try:
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            values = session.run(names, self._feed(batch))
+        except Exception as err:  # ONNX Runtime's exceptions have no common base but Exception
+            raise EngineError(f"ONNX Runtime cannot show the model's inner tensors: {err}") from err
+        return dict(zip(names, values, strict=True))
 
     def implementations(self) -> dict[str, str]:
         """Found by profiling one golden sample: an operator that runs as itself ran our kernel."""

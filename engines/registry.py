@@ -27,8 +27,13 @@ def missing_package(name: str) -> str | None:
     return f"engine {name} needs the package {module}. Install it with `pip install 'dlrm-deploy[{_EXTRAS[name]}]'`."
 
 
-def open_engine(bundle: Bundle, name: str, *, threads: int | None = None, spin: bool = True) -> Engine:
+def open_engine(
+    bundle: Bundle, name: str, *, threads: int | None = None, spin: bool = True, require_parity: bool = False
+) -> Engine:
     """Open a bundle with the engine of that name.
+
+    An engine that has not passed `dlrm-deploy check` on these files says so with a `ParityWarning` at its first
+    `predict`.
 
     Args:
         bundle: an opened bundle.
@@ -36,12 +41,41 @@ def open_engine(bundle: Bundle, name: str, *, threads: int | None = None, spin: 
         threads: CPU threads, 1 to `MOST_THREADS`; None for one per core that this process may use.
         spin: let idle ONNX Runtime threads spin between calls: faster when the engine has the machine to itself,
             and harmful where several engines share it.
+        require_parity: refuse such an engine instead.
 
     Raises:
-        EngineError: no engine has that name, `threads` is out of range, or it cannot be opened here.
+        EngineError: no engine has that name, `threads` is out of range, it cannot be opened here, or it has not
+            passed and `require_parity` is set.
     """
+    check_name(name)
+    warning = parity_warning(bundle, name)
+    if require_parity and warning is not None:
+        raise EngineError(warning)
+    engine = open_unchecked(bundle, name, threads=threads, spin=spin)
+    engine.warning = warning
+    return engine
+
+
+def check_name(name: str) -> None:
+    """Raise `EngineError` unless `name` is one of `ENGINE_NAMES`."""
     if name not in ENGINE_NAMES:
         raise EngineError(f"no engine is named {name!r}. Engines: {', '.join(ENGINE_NAMES)}.")
+
+
+def parity_warning(bundle: Bundle, name: str) -> str | None:
+    """That engine `name` has not passed a parity check on this bundle, and what to run; None where it has."""
+    gap = bundle.parity_gap(name)
+    if gap is None:
+        return None
+    return (
+        f"engine {name} has not passed a parity check on {bundle.path}: {gap}. Run `dlrm-deploy check {bundle.path} "
+        f"--engine {name}`, which records its verdict in the bundle."
+    )
+
+
+def open_unchecked(bundle: Bundle, name: str, *, threads: int | None = None, spin: bool = True) -> Engine:
+    """`open_engine` without a word about parity: for the code that checks it, or compares outputs itself."""
+    check_name(name)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise EngineError(f"threads is {threads}, expected 1 to {MOST_THREADS}. Leave it out for one per core.")
     missing = missing_package(name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 import dlrm_deploy
@@ -30,13 +31,15 @@ from dlrm_deploy.bundle import (
     Manifest,
     TableGroupRecord,
 )
-from dlrm_deploy.config import IndexPolicy, TableGroup
+from dlrm_deploy.checksums import CHECKSUMS, RowChecksums
+from dlrm_deploy.config import IndexPolicy
 from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.errors import CheckpointError, OutputError
 from dlrm_deploy.export.graph import signature, write_model
 from dlrm_deploy.export.nodes import DOMAIN, OPSET
 from dlrm_deploy.export.sources import Source
 from dlrm_deploy.files import atomic_folder, sha256_file
+from dlrm_deploy.tables import TableGroup
 
 GOLDEN_ROWS = 64
 # What the bundle's float32 PyTorch reference may differ from the trainer's own outputs: the same arithmetic on the
@@ -78,14 +81,16 @@ def export_bundle(
         config = replace(config, index_policy=index_policy)
     with atomic_folder(out, overwrite, MANIFEST) as folder:
         _check_room(folder, config.table_bytes)
-        tables = tuple(_write_tables(folder, group, source, progress) for group in config.groups)
+        checksums: dict[str, npt.NDArray[np.uint32]] = {}
+        tables = tuple(_write_tables(folder, group, source, checksums, progress) for group in config.groups)
+        np.savez(folder / CHECKSUMS, allow_pickle=False, **checksums)
         dense = source.dense()
         np.savez(folder / DENSE, allow_pickle=False, **dense)
         onnx.save(write_model(config, dense, tables, index_dtype), folder / MODEL)
         onnx.checker.check_model(folder / MODEL, full_check=True)
         inputs, outputs = signature(config, index_dtype)
         operators = {"TableBatchedEmbeddingBag": 1}
-        if config.interaction == "dot":
+        if config.interaction in ("dot", "fm"):
             operators["DotInteraction"] = 1
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -116,27 +121,35 @@ def _check_room(folder: Path, table_bytes: int) -> None:
         )
 
 
-def _write_tables(folder: Path, group: TableGroup, source: Source, progress: Progress) -> TableGroupRecord:
-    """Write the matrix of a table group piece by piece; memory holds one piece at a time."""
+def _write_tables(
+    folder: Path,
+    group: TableGroup,
+    source: Source,
+    checksums: dict[str, npt.NDArray[np.uint32]],
+    progress: Progress,
+) -> TableGroupRecord:
+    """Write the matrix of a table group piece by piece, and note its checksums; memory holds one piece at a time."""
     name = f"tables/{group.name}.bin"
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
         file.truncate(group.bytes)
-        for table, row_start in zip(group.tables, group.row_starts, strict=True):
-            seen = 0
-            for first, chunk in source.table_chunks(table.name):
-                if chunk.ndim != 2 or chunk.shape[1] != table.width or first < 0 or first + len(chunk) > table.rows:
+        for part, row_start in zip(group.parts, group.row_starts, strict=True):
+            seen, checksum = 0, RowChecksums()
+            for first, chunk in source.part_chunks(part):
+                if chunk.ndim != 2 or chunk.shape[1] != part.width or first != seen or first + len(chunk) > part.rows:
                     raise CheckpointError(
-                        f"table {table.name!r}: rows {first} to {first + len(chunk)} of width {chunk.shape[1:]} do not "
-                        f"fit the model's {table.rows} x {table.width}."
+                        f"table {part.name!r}: rows {first} to {first + len(chunk)} of width {chunk.shape[1:]} do not "
+                        f"fit the model's {part.rows} x {part.width} after {seen} rows."
                     )
                 file.seek((row_start + first) * group.width * 4)
                 file.write(np.ascontiguousarray(chunk, "<f4").data)
+                checksum.add(chunk)
                 seen += len(chunk)
                 progress(chunk.nbytes)
-            if seen != table.rows:
-                raise CheckpointError(f"table {table.name!r}: the source holds {seen} of {table.rows} rows.")
+            if seen != part.rows:
+                raise CheckpointError(f"table {part.name!r}: the source holds {seen} of {part.rows} rows.")
+            checksums[part.name] = checksum.finish()
     return TableGroupRecord(name=group.name, file=name, rows=group.rows, width=group.width, dtype="float32")
 
 
@@ -153,9 +166,8 @@ def _golden(bundle: Bundle, source: Source) -> Golden:
     if not np.max(difference, initial=0) <= GOLDEN_LIMIT:
         row = int(np.argmax(np.nan_to_num(difference, nan=np.inf)))
         raise CheckpointError(
-            f"the exported model does not give the trainer's outputs: sample {row} of the checkpoint's golden batch "
-            f"differs by {difference[row]:.3g} (limit {GOLDEN_LIMIT:g}). The checkpoint's weights and its "
-            "golden.npz do not belong together: train again."
+            f"the exported model does not give the trainer's outputs: sample {row} of {source.golden_name} differs by "
+            f"{difference[row]:.3g} (limit {GOLDEN_LIMIT:g}). {source.golden_remedy}"
         )
     return golden
 

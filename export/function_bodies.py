@@ -1,76 +1,27 @@
 """The two operators of docs/operators.md as ONNX functions of standard operators.
 
-A body is specialised to its node: it holds only what the node's form, poolings and index policy need, with the node's
-attributes as constants. Every body is right for bags of any length, empty ones too, and for a batch of zero samples.
-Additions run in index order, so results equal the kernels' except where fixed bags are summed by ReduceSum.
+A body is specialised to its node: it holds only what the node's form, poolings, index policy and way from ids to rows
+need, with the node's attributes as constants. Every body is right for bags of any length, empty ones too, and for a
+batch of zero samples. Additions run in index order, so results equal the kernels' except where fixed bags are summed by
+ReduceSum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from dlrm_deploy.config import ModelConfig, TableGroup
+from dlrm_deploy.errors import EngineError
 from dlrm_deploy.export.nodes import DOMAIN, OPSET, Nodes
+from dlrm_deploy.ops.contract import BagAttributes
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BagAttributes:
-    """The attributes of one TableBatchedEmbeddingBag node, as docs/operators.md names them."""
-
-    num_features: int
-    features: tuple[int, ...]
-    row_starts: tuple[int, ...]
-    rows: tuple[int, ...]
-    mean: tuple[int, ...]
-    pooling_factors: tuple[int, ...] | None
-    index_policy: str
-    feature_names: tuple[str, ...]
-    weighted: bool
-
-    @classmethod
-    def of(cls, config: ModelConfig, group: TableGroup) -> BagAttributes:
-        """The attributes of the node that pools a table group of a model."""
-        features = [config.features[slot] for slot in group.slots]
-        ranges = [group.rows_of(feature.table) for feature in features]
-        return cls(
-            num_features=len(config.features),
-            features=group.slots,
-            row_starts=tuple(rows.start for rows in ranges),
-            rows=tuple(rows.stop - rows.start for rows in ranges),
-            mean=tuple(int(feature.pooling == "mean") for feature in features),
-            pooling_factors=config.pooling_factors,
-            index_policy=config.index_policy,
-            feature_names=tuple(feature.name for feature in config.features),
-            weighted=config.weighted,
-        )
-
-    def node_attributes(self) -> dict[str, object]:
-        """As they stand on the node."""
-        attributes: dict[str, object] = {
-            "num_features": self.num_features,
-            "features": self.features,
-            "row_starts": self.row_starts,
-            "rows": self.rows,
-            "mean": self.mean,
-            "index_policy": self.index_policy,
-            "feature_names": "\n".join(self.feature_names),
-        }
-        if self.pooling_factors is not None:
-            attributes["pooling_factors"] = self.pooling_factors
-        return attributes
-
-    def inputs(self) -> list[str]:
-        """Input names of the node; an absent optional input is ""."""
-        names = ["weights", "indices", "" if self.pooling_factors else "offsets"]
-        if self.weighted:
-            names.append("per_sample_weights")
-        return names if names[-1] else names[:-1]
+Numbers = npt.NDArray[Any]
+"""One number per slot: int32, int64 or float32."""
 
 
 def embedding_bag_function(attributes: BagAttributes, overload: str) -> onnx.FunctionProto:
@@ -118,36 +69,103 @@ def dot_interaction(
 def policy_rows(
     n: Nodes,
     ids: str,
-    rows: str,
-    row_starts: str,
-    policy: str,
+    a: BagAttributes,
+    slots: Sequence[int],
+    spread: Callable[[Numbers], str],
     total_rows: str,
     dtype: npt.DTypeLike = np.int64,
 ) -> tuple[str, str | None]:
-    """Rows of the group's matrix for ids, under the index policy; and, for policy zero, where the id is out of range.
+    """Rows of the group's matrix for ids; and, for policy zero, where the id is out of range.
+
+    Only what the slots need is written: of plain ones, the index policy and the first row of the table.
 
     Args:
         n: where the nodes go.
         ids: any shape.
-        rows: number of rows of each id's table; broadcasts with `ids`.
-        row_starts: first row of each id's table; broadcasts with `ids`.
-        policy: the index policy.
+        a: attributes of the operator.
+        slots: positions of the slots that the ids belong to.
+        spread: makes a constant of an array [len(slots)] that broadcasts with `ids`, of the array's type.
         total_rows: R. Policy error reads row R for a bad id, which Gather refuses.
-        dtype: of ids and all row numbers.
+        dtype: of ids and all row numbers, int32 or int64.
+
+    Raises:
+        EngineError: a number of ids, a modulus or a divisor is beyond `dtype`.
     """
-    zero = n.constant(0, dtype)
-    if policy == "clamp":
+    numbers = _SlotNumbers(a, slots, dtype)
+    limit, row_starts = spread(numbers.ids), spread(numbers.row_starts)
+    moduli = numbers.moduli
+    if moduli.any():
+        reduced = n.op("Mod", ids, spread(np.maximum(moduli, 1)))
+        if not moduli.all():
+            reduced = n.op("Where", n.op("Greater", spread(moduli), n.constant(0, dtype)), reduced, ids)
+        ids = reduced
+    bad = None
+    if a.index_policy == "clamp":
         # Not Min and Max: ONNX Runtime 1.31's int64 ones are wrong for values in [2^31, 2^32).
-        last = n.op("Sub", rows, n.constant(1, dtype))
+        zero, last = n.constant(0, dtype), n.op("Sub", limit, n.constant(1, dtype))
         from_zero = n.op("Where", n.op("Less", ids, zero), zero, ids)
-        return n.op("Add", n.op("Where", n.op("Greater", from_zero, last), last, from_zero), row_starts), None
-    if policy == "modulo":
-        return n.op("Add", n.op("Mod", ids, rows), row_starts), None
-    bad = n.op("Or", n.op("Less", ids, zero), n.op("GreaterOrEqual", ids, rows))
-    good_rows = n.op("Add", ids, row_starts)
-    if policy == "zero":
-        return n.op("Where", bad, row_starts, good_rows), bad
-    return n.op("Where", bad, total_rows, good_rows), None
+        ids = n.op("Where", n.op("Greater", from_zero, last), last, from_zero)
+    elif a.index_policy == "modulo":
+        ids = n.op("Mod", ids, limit)
+    else:
+        bad = n.op("Or", n.op("Less", ids, n.constant(0, dtype)), n.op("GreaterOrEqual", ids, limit))
+    row = n.op("Add", _quotients(n, ids, numbers, spread), row_starts)
+    if bad is None:
+        return row, None
+    if a.index_policy == "zero":
+        return n.op("Where", bad, row_starts, row), bad
+    return n.op("Where", bad, total_rows, row), None
+
+
+class _SlotNumbers:
+    """Attributes of some slots as arrays [len(slots)] of one type, or an error where they do not fit."""
+
+    def __init__(self, a: BagAttributes, slots: Sequence[int], dtype: npt.DTypeLike) -> None:
+        kind = np.dtype(dtype)
+        for name in ("ids", "moduli", "divisors"):
+            for t in slots:
+                value = getattr(a, name)[t]
+                if value > np.iinfo(kind).max:
+                    feature = repr(a.feature_names[a.features[t]]) if a.feature_names else str(a.features[t])
+                    raise EngineError(
+                        f"feature {feature}: {name} of its slot {t} is {value}, but this graph computes rows in "
+                        f"{kind.name}. Use engine onnxruntime, or a smaller number."
+                    )
+
+        def numbers(values: Sequence[int]) -> Numbers:
+            return np.array([values[t] for t in slots], kind)
+
+        self.rows, self.row_starts, self.ids = numbers(a.rows), numbers(a.row_starts), numbers(a.ids)
+        self.moduli, self.divisors, self.divisions = numbers(a.moduli), numbers(a.divisors), numbers(a.divisions)
+
+
+def _quotients(n: Nodes, ids: str, slots: _SlotNumbers, spread: Callable[[Numbers], str]) -> str:
+    """Rows of their slot's table part that valid ids read; the ids themselves in plain slots."""
+    rows, divisors, divisions = slots.rows, slots.divisors, slots.divisions
+    exact = ids
+    if not divisions.all():
+        if (divisors != 1).any():
+            exact = n.op("Div", exact, spread(divisors))
+        if ((slots.ids - 1) // divisors >= rows).any():
+            exact = n.op("Mod", exact, spread(rows))
+        if not divisions.any():
+            return exact
+    floats = n.op("Cast", ids, to=TensorProto.FLOAT)
+    divided = by_reciprocal = ""
+    if (divisions == 1).any():
+        divided = n.op("Div", floats, spread(divisors.astype(np.float32)))
+    if (divisions == 2).any():  # reciprocals are constants: ONNX Runtime makes one division of Div and Mul
+        by_reciprocal = n.op("Mul", floats, spread(np.float32(1) / divisors.astype(np.float32)))
+    quotients = divided or by_reciprocal
+    if divided and by_reciprocal:
+        quotients = n.op("Where", n.op("Equal", spread(divisions), n.constant(1, rows.dtype)), divided, by_reciprocal)
+    if rows.dtype == np.int32:  # the float32 neighbour of an int32 may be 2^31
+        quotients = n.op("Min", quotients, n.constant(np.nextafter(np.float32(2**31), np.float32(0)), np.float32))
+    whole, last = n.op("Cast", quotients, to=helper.np_dtype_to_tensor_dtype(rows.dtype)), spread(rows - 1)
+    whole = n.op("Where", n.op("Greater", whole, last), last, whole)
+    if divisions.all():
+        return whole
+    return n.op("Where", n.op("Equal", spread(divisions), n.constant(0, rows.dtype)), exact, whole)
 
 
 def _int64(n: Nodes, name: str) -> str:
@@ -175,7 +193,7 @@ def _checked_ids(n: Nodes, a: BagAttributes, factors: Sequence[int]) -> str:
     Where all features have one pooling factor the Reshape that follows refuses anything else by itself.
     """
     ids = _int64(n, "indices")
-    if len(set(factors)) == 1 and len(a.features) == len(factors):
+    if len(set(factors)) == 1 and a.features == tuple(range(len(factors))):
         return ids
     ids_count = n.op("Shape", ids)
     violations = [n.op("Cast", n.op("Mod", ids_count, n.constant([sum(factors)])), to=TensorProto.BOOL)]
@@ -206,7 +224,6 @@ def _pool_csr(n: Nodes, a: BagAttributes) -> None:
     Not ScatterND: ONNX Runtime's adds repeated indices from several threads without a lock and loses some.
     Not a padded [bags, longest, D]: one bag of 100,000 ids would cost memory for every bag.
     """
-    T = len(a.features)
     ids = _int64(n, "indices")
     starts, ends = _starts_and_ends(n, _checked_offsets(n, a))
     batch = n.op("Div", n.op("Shape", starts), n.constant([a.num_features]))
@@ -220,21 +237,52 @@ def _pool_csr(n: Nodes, a: BagAttributes) -> None:
     # ONNX Runtime refuses a division by zero even of no elements at all.
     feature = n.op("Div", bag, n.op("Max", batch, n.constant([1])))
 
-    # Constants per feature of the batch. Features of other groups pool into a spare slot T, which is cut off.
-    slot, rows, row_starts = np.full(a.num_features, T), np.ones(a.num_features), np.zeros(a.num_features)
-    slot[list(a.features)], rows[list(a.features)], row_starts[list(a.features)] = (
-        range(T),
-        a.rows,
-        a.row_starts,
-    )
-    has_spare = a.num_features > T
-    rows_N = n.op("Gather", n.constant(rows), feature)
-    row_starts_N = n.op("Gather", n.constant(row_starts), feature)
     total = n.op("Gather", n.op("Shape", "weights"), n.constant(0))
+    passes = _distinct_features(a)
+    pooled = [_pool_pass(n, a, slots, ids, bag, feature, batch, total) for slots in passes]
+    pooled_TBD = _in_slot_order(n, pooled, passes)
+    if any(a.mean):
+        shape = n.op("Concat", n.constant([a.num_features]), batch, axis=0)
+        lengths = n.op("Gather", n.op("Reshape", n.op("Sub", ends, starts), shape, allowzero=1), n.constant(a.features))
+        mean = n.constant(np.array(a.mean)[:, None])
+        divisor = n.op("Max", n.op("Mul", lengths, mean), n.constant(1))
+        pooled_TBD = n.op(
+            "Div", pooled_TBD, n.op("Cast", n.op("Unsqueeze", divisor, n.constant([2])), to=TensorProto.FLOAT)
+        )
+    n.op("Transpose", pooled_TBD, perm=[1, 0, 2], output="pooled")
+
+
+def _distinct_features(a: BagAttributes) -> list[list[int]]:
+    """The slots, cut so that no two of a list pool one feature."""
+    passes: list[list[int]] = []
+    for t, feature in enumerate(a.features):
+        earlier = a.features[:t].count(feature)
+        if earlier == len(passes):
+            passes.append([])
+        passes[earlier].append(t)
+    return passes
+
+
+def _pool_pass(
+    n: Nodes, a: BagAttributes, slots: Sequence[int], ids: str, bag: str, feature: str, batch: str, total: str
+) -> str:
+    """The sums [slots, B, D] of some slots with different features; `bag` and `feature` are those of each id."""
+    T = len(slots)
+    features = [a.features[t] for t in slots]
+    # Constants per feature of the batch. Features of no slot pool into a spare slot T, which is cut off.
+    slot = np.full(a.num_features, T)
+    slot[features] = range(T)
+
+    def spread(values: Numbers) -> str:
+        by_feature = np.full(a.num_features, values[0])
+        by_feature[features] = values
+        return n.op("Gather", n.constant(by_feature, values.dtype), feature)
+
+    has_spare = a.num_features > T
     if has_spare:
         in_group = n.op("Less", n.op("Gather", n.constant(slot), feature), n.constant(T))
         ids = n.op("Where", in_group, ids, n.constant(0))
-    row_N, bad_N = policy_rows(n, ids, rows_N, row_starts_N, a.index_policy, total)
+    row_N, bad_N = policy_rows(n, ids, a, slots, spread, total)
 
     gathered = n.op("Gather", "weights", row_N)
     column = n.constant([1])
@@ -243,24 +291,27 @@ def _pool_csr(n: Nodes, a: BagAttributes) -> None:
     if bad_N is not None:
         gathered = n.op("Where", n.op("Unsqueeze", bad_N, column), n.constant(0.0, np.float32), gathered)
     bag_of_slot = bag
-    if a.features != tuple(range(a.num_features)):
+    if features != list(range(a.num_features)):
         sample = n.op("Sub", bag, n.op("Mul", feature, batch))
         bag_of_slot = n.op("Add", n.op("Mul", n.op("Gather", n.constant(slot), feature), batch), sample)
     target = n.op("Expand", n.op("Unsqueeze", bag_of_slot, column), n.op("Shape", gathered))
     width = n.op("Shape", "weights", start=1)
-    slots = n.constant([T + has_spare])
-    zeros = n.op("Expand", n.constant(0.0, np.float32), n.op("Concat", n.op("Mul", slots, batch), width, axis=0))
+    count = n.constant([T + has_spare])
+    zeros = n.op("Expand", n.constant(0.0, np.float32), n.op("Concat", n.op("Mul", count, batch), width, axis=0))
     summed = n.op("ScatterElements", zeros, target, gathered, axis=0, reduction="add")
-    pooled = n.op("Reshape", summed, n.op("Concat", slots, batch, width, axis=0), allowzero=1)
+    pooled = n.op("Reshape", summed, n.op("Concat", count, batch, width, axis=0), allowzero=1)
     if has_spare:
         pooled = n.op("Slice", pooled, n.constant([0]), n.constant([T]), n.constant([0]))
-    if any(a.mean):
-        shape = n.op("Concat", n.constant([a.num_features]), batch, axis=0)
-        lengths = n.op("Gather", n.op("Reshape", n.op("Sub", ends, starts), shape, allowzero=1), n.constant(a.features))
-        mean = n.constant(np.array(a.mean)[:, None])
-        divisor = n.op("Max", n.op("Mul", lengths, mean), n.constant(1))
-        pooled = n.op("Div", pooled, n.op("Cast", n.op("Unsqueeze", divisor, n.constant([2])), to=TensorProto.FLOAT))
-    n.op("Transpose", pooled, perm=[1, 0, 2], output="pooled")
+    return pooled
+
+
+def _in_slot_order(n: Nodes, pooled: Sequence[str], slots: Sequence[Sequence[int]]) -> str:
+    """One [T, B, D] of several [some slots, B, D]."""
+    pooled_TBD = n.op("Concat", *pooled, axis=0) if len(pooled) > 1 else pooled[0]
+    order = [t for some in slots for t in some]
+    if order != sorted(order):
+        pooled_TBD = n.op("Gather", pooled_TBD, n.constant(np.argsort(order)))
+    return pooled_TBD
 
 
 def pool_fixed(
@@ -286,6 +337,10 @@ def pool_fixed(
         output: name of the result [B, T, D].
         dtype: int32 or int64.
     """
+
+    def column(values: Numbers) -> str:
+        return n.constant(values[:, None, None], values.dtype)
+
     batch = n.op("Div", n.op("Shape", ids), n.constant([sum(factors)]))
     total = n.op("Gather", n.op("Shape", table), n.constant(0))
     starts = [sum(factors[:feature]) for feature in a.features]  # in units of B
@@ -293,16 +348,14 @@ def pool_fixed(
     for t, feature in enumerate(a.features):
         by_factor.setdefault(factors[feature], []).append(t)
 
-    pooled, order = [], []
+    pooled = []
     for factor, slots in by_factor.items():
         shape = n.op("Concat", n.constant([len(slots)]), batch, n.constant([factor]), axis=0)
         select = [_feature_ids(n, ids, batch, a, factors, slots, starts, factor), ""]
         if a.weighted:
             select[1] = _feature_ids(n, weights, batch, a, factors, slots, starts, factor)
         ids_TBL = n.op("Reshape", select[0], shape, allowzero=1)
-        rows = n.constant(np.array([a.rows[t] for t in slots])[:, None, None], dtype)
-        row_starts = n.constant(np.array([a.row_starts[t] for t in slots])[:, None, None], dtype)
-        row_TBL, bad_TBL = policy_rows(n, ids_TBL, rows, row_starts, a.index_policy, total, dtype)
+        row_TBL, bad_TBL = policy_rows(n, ids_TBL, a, slots, column, total, dtype)
         last = n.constant([3 if factor > 1 else 2])
         if factor == 1:  # one id a bag: no reduction
             row_TBL = n.op("Squeeze", row_TBL, n.constant([2]))
@@ -321,10 +374,7 @@ def pool_fixed(
             if any(divisors != 1):
                 gathered = n.op("Div", gathered, n.constant(divisors[:, None, None], np.float32))
         pooled.append(gathered)
-        order += slots
-    pooled_TBD = n.op("Concat", *pooled, axis=0) if len(pooled) > 1 else pooled[0]
-    if order != sorted(order):
-        pooled_TBD = n.op("Gather", pooled_TBD, n.constant(np.argsort(order)))
+    pooled_TBD = _in_slot_order(n, pooled, list(by_factor.values()))
     n.op("Transpose", pooled_TBD, perm=[1, 0, 2], output=output)
 
 

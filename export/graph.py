@@ -7,7 +7,6 @@ nothing but the config. Blocks are shared with `tensorrt_graph`, which writes th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,22 @@ from onnx import TensorProto, helper, numpy_helper
 import dlrm_deploy
 from dlrm_deploy.bundle import TableGroupRecord, TensorSpec
 from dlrm_deploy.config import ModelConfig
-from dlrm_deploy.export.function_bodies import BagAttributes, dot_interaction_function, embedding_bag_function
+from dlrm_deploy.export.blocks import (
+    interact,
+    mlp,
+    path_mlps,
+    path_name,
+    pooled_name,
+    score,
+    transformed_dense,
+    vectors,
+)
+from dlrm_deploy.export.function_bodies import dot_interaction_function, embedding_bag_function
 from dlrm_deploy.export.nodes import DOMAIN, DOMAIN_VERSION, OPSET, Nodes
-from dlrm_deploy.model.keys import bottom_keys, cross_keys, top_keys
+from dlrm_deploy.model.keys import bottom_keys
+from dlrm_deploy.model.vectors import path_features
+from dlrm_deploy.ops.contract import BagAttributes
+from dlrm_deploy.tables import TableConfig
 
 IR_VERSION = 10
 _ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
@@ -28,10 +40,9 @@ _ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64"
 
 def signature(config: ModelConfig, index_dtype: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of the exported graph."""
-    inputs = [
-        TensorSpec(name="dense", dtype="float32", shape=("batch", len(config.dense_features))),
-        TensorSpec(name="indices", dtype=index_dtype, shape=("ids",)),
-    ]
+    inputs = [TensorSpec(name="indices", dtype=index_dtype, shape=("ids",))]
+    if config.dense_features:
+        inputs.insert(0, TensorSpec(name="dense", dtype="float32", shape=("batch", len(config.dense_features))))
     if config.pooling_factors is None:
         inputs.append(TensorSpec(name="offsets", dtype=index_dtype, shape=("bags_plus_1",)))
     if config.weighted:
@@ -56,28 +67,30 @@ def write_model(
     inputs, outputs = signature(config, index_dtype)
     n = Nodes()
     functions = []
-    pooled = []
-    for group in config.groups:
+    groups = [group for group in config.groups if group.slots]
+    for group in groups:
         attributes = BagAttributes.of(config, group)
-        overload = "" if len(config.groups) == 1 else group.name  # each node has the body of its own attributes
-        actual = {"weights": f"tables_{group.name}", "per_sample_weights": "weights"}
-        pooled.append(
-            n.op(
-                "TableBatchedEmbeddingBag", *(actual.get(name, name) for name in attributes.inputs()),
-                output=f"pooled_{group.name}", domain=DOMAIN, overload=overload, **attributes.node_attributes(),
-            )
-        )  # fmt: skip
+        overload = "" if len(groups) == 1 and not path_features(config) else group.name
+        _bags(n, attributes, group.name, overload, pooled_name(group.name))
         functions.append(embedding_bag_function(attributes, overload))
-    bottom = mlp(n, "dense", bottom_keys(config))
-    if config.interaction == "dot":
-        x = n.op(
-            "DotInteraction", bottom, pooled[0],
-            output="interactions", domain=DOMAIN, self_interaction=int(config.self_interaction),
-        )  # fmt: skip
-        functions.append(dot_interaction_function(len(config.features), config.self_interaction))
-    else:
-        x = concat_or_cross(n, config, bottom, pooled)
-    logits = mlp(n, x, top_keys(config), last_relu=False)
+    pooled = [pooled_name(group.name) for group in config.groups]
+    slots = [len(group.slots) for group in config.groups]
+    for feature, table in path_features(config):
+        output, bodies = _path(n, config, feature, table, index_dtype)
+        pooled.append(output)
+        slots.append(1)
+        functions += bodies
+    dense_values = transformed_dense(n, config)
+    x = mlp(n, dense_values, bottom_keys(config), "bottom") if config.dense_features else ""
+    vectors_needed = len(config.features) + (0 if config.bottom_mlp else len(config.dense_features) - 1)
+
+    def dot(first: str, others: str, output: str | None) -> str:
+        functions.append(dot_interaction_function(vectors_needed, config.self_interaction))
+        flag = int(config.self_interaction)
+        return n.op("DotInteraction", first, others, output=output, domain=DOMAIN, self_interaction=flag)
+
+    x = interact(n, config, x, vectors(n, config, pooled, slots), dot)
+    logits = score(n, config, x, dense_values, pooled)
     n.op("Squeeze", n.op("Sigmoid", logits), n.constant([1]), output="probabilities")
 
     graph = helper.make_graph(
@@ -100,41 +113,69 @@ def write_model(
     )
 
 
-def mlp(n: Nodes, x: str, layers: Sequence[tuple[str, str]], last_relu: bool = True) -> str:
-    """Linear layers with ReLU between them (and after the last, for the bottom MLP); weights by their keys."""
-    for i, (weight, bias) in enumerate(layers):
-        x = n.op("Gemm", x, weight, bias, transB=1)
-        if last_relu or i + 1 < len(layers):
-            x = n.op("Relu", x)
-    return x
+def _bags(n: Nodes, attributes: BagAttributes, group: str, overload: str, output: str, ids: str = "indices") -> str:
+    """One TableBatchedEmbeddingBag node."""
+    actual = {"weights": f"tables_{group}", "per_sample_weights": "weights", "indices": ids}
+    return n.op(
+        "TableBatchedEmbeddingBag", *(actual.get(name, name) for name in attributes.inputs()),
+        output=output, domain=DOMAIN, overload=overload, **attributes.node_attributes(),
+    )  # fmt: skip
 
 
-def concat_or_cross(n: Nodes, config: ModelConfig, dense: str, pooled: Sequence[str]) -> str:
-    """Dense and pooled vectors side by side in feature order; for dcn, then the low-rank cross layers."""
-    x0 = n.op("Concat", dense, *_in_feature_order(n, config, pooled), axis=1)
-    if config.interaction == "concat":
-        return x0
-    x = x0
-    for w, v, bias in cross_keys(config):
-        low_rank = n.op("Gemm", x, v, transB=1)
-        x = n.op("Add", n.op("Mul", x0, n.op("Gemm", low_rank, w, bias, transB=1)), x)
-    return x
+def _path(
+    n: Nodes, config: ModelConfig, feature: int, table: TableConfig, index_dtype: str
+) -> tuple[str, list[onnx.FunctionProto]]:
+    """The pooled vector [B, 1, W] of a feature of a path table, and the bodies of its nodes.
 
-
-def _in_feature_order(n: Nodes, config: ModelConfig, pooled: Sequence[str]) -> list[str]:
-    """Pooled outputs [B, T, D] of the groups as matrices, cut where another group's slots come between."""
-    pieces: list[tuple[int, str]] = []
-    for group, output in zip(config.groups, pooled, strict=True):
-        cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(group.slots)) if b != a + 1), len(group.slots)]
-        lengths = [stop - start for start, stop in pairwise(cuts)]
-        parts = [output]
-        if len(lengths) > 1:
-            names = [f"{output}_{i}" for i in range(len(lengths))]
-            parts = n.ops("Split", output, n.constant(lengths), outputs=names, axis=1)
-        for start, length, part in zip(cuts, lengths, parts, strict=False):
-            matrix = n.op("Reshape", part, n.constant([0, length * group.width]))
-            pieces.append((group.slots[start], matrix))
-    return [matrix for _, matrix in sorted(pieces)]
+    Its M ids are cut out of the batch and looked up one by one in each part; their vectors are added up by bag with
+    ScatterElements, in index order.
+    """
+    name, factors = config.features[feature].name, config.pooling_factors
+    if factors is None:
+        offsets = n.op("Cast", "offsets", to=TensorProto.INT64)
+        batch = n.op("Div", n.op("Sub", n.op("Shape", offsets), n.constant([1])), n.constant([len(config.features)]))
+        first = n.op("Mul", batch, n.constant([feature]))
+        stop = n.op("Add", n.op("Add", first, batch), n.constant([1]))
+        bounds = n.op("Slice", offsets, first, stop)
+        start, end = n.op("Gather", bounds, n.constant([0])), n.op("Gather", bounds, n.constant([-1]))
+    else:
+        batch = n.op("Div", n.op("Shape", "indices"), n.constant([sum(factors)]))
+        start = n.op("Mul", batch, n.constant([sum(factors[:feature])]))
+        end = n.op("Mul", batch, n.constant([sum(factors[: feature + 1])]))
+    ids = n.op("Slice", "indices", start, end)
+    rows, bodies = [], []
+    for group in config.groups:
+        for part in group.parts:
+            if part not in table.parts:
+                continue
+            attributes = BagAttributes.of_ids(config, feature, part, group.rows_of(part.name).start)
+            overload = f"{name}_{part.name}"
+            looked_up = _bags(n, attributes, group.name, overload, f"rows_{name}_{part.name}", ids)
+            rows.append((table.parts.index(part), n.op("Squeeze", looked_up, n.constant([1]))))
+            bodies.append(embedding_bag_function(attributes, overload))
+    x = path_mlps(n, table, [row for _, row in sorted(rows)])
+    if config.weighted:
+        x = n.op("Mul", x, n.op("Unsqueeze", n.op("Slice", "weights", start, end), n.constant([1])))
+    mean = config.features[feature].pooling == "mean"
+    if factors is not None:
+        x = n.op("Reshape", x, n.op("Concat", batch, n.constant([factors[feature], table.width]), axis=0), allowzero=1)
+        x = n.op("ReduceMean" if mean else "ReduceSum", x, n.constant([1]), keepdims=1, output=path_name(name))
+        return x, bodies
+    # Bag of each id: the number of bags that start at or before it, minus one.
+    starts = n.op("Sub", n.op("Slice", bounds, n.constant([0]), batch), start)
+    places = n.op("Expand", n.constant([0]), n.op("Add", n.op("Shape", ids), n.constant([1])))
+    ones = n.op("Expand", n.constant([1]), n.op("Shape", starts))
+    begun = n.op("CumSum", n.op("ScatterElements", places, starts, ones, axis=0, reduction="add"), n.constant(0))
+    bag = n.op("Sub", n.op("Slice", begun, n.constant([0]), n.op("Shape", ids)), n.constant([1]))
+    target = n.op("Expand", n.op("Unsqueeze", bag, n.constant([1])), n.op("Shape", x))
+    zeros = n.op("Expand", n.constant(0.0, np.float32), n.op("Concat", batch, n.constant([table.width]), axis=0))
+    x = n.op("ScatterElements", zeros, target, x, axis=0, reduction="add")
+    if mean:
+        lengths = n.op("Sub", n.op("Slice", bounds, n.constant([1]), n.constant([np.iinfo(np.int64).max])),
+                       n.op("Slice", bounds, n.constant([0]), batch))  # fmt: skip
+        divisor = n.op("Cast", n.op("Max", lengths, n.constant([1])), to=TensorProto.FLOAT)
+        x = n.op("Div", x, n.op("Unsqueeze", divisor, n.constant([1])))
+    return n.op("Unsqueeze", x, n.constant([1]), output=path_name(name)), bodies
 
 
 def value_info(spec: TensorSpec) -> onnx.ValueInfoProto:

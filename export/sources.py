@@ -1,4 +1,7 @@
-"""Sources: where an export takes a model from. A checkpoint of ours, or random weights for a preset."""
+"""Sources: where an export takes a model from. A checkpoint of ours, or random weights for a preset.
+
+Checkpoints of other projects are in `dlrm_deploy.export.importers`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import numpy.typing as npt
 from dlrm_deploy.bundle import Golden
 from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.model.keys import dense_shapes, table_key
+from dlrm_deploy.tables import TablePart
 
 if TYPE_CHECKING:
     from dlrm_deploy.checkpoint import Checkpoint  # brings torch, which random weights do without
@@ -27,13 +31,19 @@ class Source(ABC):
 
     config: ModelConfig
 
+    golden_name: str = "the checkpoint's golden batch"
+    """What `golden` gives, for messages."""
+
+    golden_remedy: str = "The checkpoint's weights and its golden.npz do not belong together: train again."
+    """What to do where the exported model gives other outputs than `golden`."""
+
     @abstractmethod
     def dense(self) -> dict[str, FloatArray]:
         """Every parameter but the tables, by checkpoint key."""
 
     @abstractmethod
-    def table_chunks(self, table: str) -> Iterator[tuple[int, FloatArray]]:
-        """Pieces (first row, [n, width] float32) that together are the table."""
+    def part_chunks(self, part: TablePart) -> Iterator[tuple[int, FloatArray]]:
+        """Pieces (first row, [n, width] float32) that together are the matrix of a table part."""
 
     @abstractmethod
     def golden(self) -> Golden | None:
@@ -55,8 +65,8 @@ class CheckpointSource(Source):
     def dense(self) -> dict[str, FloatArray]:
         return {key: self._checkpoint.read(f"model.{key}") for key in dense_shapes(self.config)}
 
-    def table_chunks(self, table: str) -> Iterator[tuple[int, FloatArray]]:
-        return self._checkpoint.chunks(f"model.{table_key(table)}")
+    def part_chunks(self, part: TablePart) -> Iterator[tuple[int, FloatArray]]:
+        return self._checkpoint.chunks(f"model.{table_key(part.name)}")
 
     def golden(self) -> Golden | None:
         return self._checkpoint.golden()
@@ -80,13 +90,13 @@ class RandomSource(Source):
             weights[key] = self._rng(key).standard_normal(shape, np.float32) * np.float32(deviation)
         return weights
 
-    def table_chunks(self, table: str) -> Iterator[tuple[int, FloatArray]]:
+    def part_chunks(self, part: TablePart) -> Iterator[tuple[int, FloatArray]]:
         """Uniform in +-1 / sqrt(rows), as in the paper's code."""
-        config, rng = self.config.table(table), self._rng(table)
-        bound = np.float32(1 / math.sqrt(config.rows))
-        step = max(1, _CHUNK_VALUES // config.width)
-        for start in range(0, config.rows, step):
-            chunk = rng.random((min(step, config.rows - start), config.width), np.float32)
+        rng = self._rng(part.name)
+        bound = np.float32(1 / math.sqrt(part.rows))
+        step = max(1, _CHUNK_VALUES // part.width)
+        for start in range(0, part.rows, step):
+            chunk = rng.random((min(step, part.rows - start), part.width), np.float32)
             chunk -= np.float32(0.5)
             chunk *= 2 * bound
             yield start, chunk

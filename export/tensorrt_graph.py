@@ -22,15 +22,28 @@ import dlrm_deploy
 from dlrm_deploy.bundle import TensorSpec
 from dlrm_deploy.config import ModelConfig, Precision
 from dlrm_deploy.errors import EngineError
-from dlrm_deploy.export.function_bodies import BagAttributes, dot_interaction, policy_rows, pool_fixed
-from dlrm_deploy.export.graph import IR_VERSION, concat_or_cross, mlp, signature, value_info
+from dlrm_deploy.export.blocks import (
+    interact,
+    mlp,
+    path_mlps,
+    path_name,
+    pooled_name,
+    score,
+    transformed_dense,
+    vectors,
+)
+from dlrm_deploy.export.function_bodies import dot_interaction, policy_rows, pool_fixed
+from dlrm_deploy.export.graph import IR_VERSION, signature, value_info
 from dlrm_deploy.export.nodes import OPSET, Nodes
-from dlrm_deploy.model.keys import bottom_keys, top_keys
+from dlrm_deploy.model.keys import WIDE_BIAS, WIDE_DENSE, bottom_keys, top_keys
+from dlrm_deploy.model.vectors import path_features
+from dlrm_deploy.ops.contract import BagAttributes
+from dlrm_deploy.tables import TableConfig
 
 FloatArray = npt.NDArray[np.float32]
 _TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _MAX_PROTOBUF_BYTES = (2 << 30) - (16 << 20)
-_ARITHMETIC = frozenset({"Add", "Gemm", "MatMul", "Mul", "Relu"})
+_ARITHMETIC = frozenset({"Add", "Gemm", "MatMul", "Mul", "ReduceSum", "Relu"})
 
 
 def table_tensor(group: str) -> str:
@@ -71,25 +84,32 @@ def write_tensorrt_model(
     """
     _check_sizes(config, tables)
     n = Nodes()
-    pooled = [
-        _pool(n, BagAttributes.of(config, group), table_tensor(group.name), max_bag, f"pooled_{group.name}")
-        for group in config.groups
-    ]
-    x = _cast(n, "dense", precision)
-    x = mlp(n, x, bottom_keys(config))
-    pooled = [_cast(n, output, precision) for output in pooled]
-    if config.interaction == "dot":
-        x = dot_interaction(n, x, pooled[0], len(config.features), config.self_interaction)
-    else:
-        x = concat_or_cross(n, config, x, pooled)
-    *hidden, last = top_keys(config)
-    x = mlp(n, x, hidden)
-    if precision != "fp32":
-        x = n.op("Cast", x, to=TensorProto.FLOAT)
-    logits = mlp(n, x, [last], last_relu=False)
+    groups = config.groups
+    pooled = [pooled_name(group.name) for group in groups]
+    for group in groups:
+        if group.slots:
+            attributes = BagAttributes.of(config, group)
+            _pool(n, config, attributes, table_tensor(group.name), max_bag, pooled_name(group.name))
+    for feature, table in path_features(config):
+        pooled.append(_pool_path(n, config, feature, table, max_bag))
+    slots = [len(group.slots) for group in groups] + [1] * len(path_features(config))
+    dense_values = transformed_dense(n, config)
+    x = mlp(n, _cast(n, dense_values, precision), bottom_keys(config), "bottom") if config.dense_features else ""
+    cast = [_cast(n, output, precision) if count else output for output, count in zip(pooled, slots, strict=True)]
+    vectors_needed = len(config.features) + (0 if config.bottom_mlp else len(config.dense_features) - 1)
+
+    def dot(first: str, others: str, output: str | None) -> str:
+        return dot_interaction(n, first, others, vectors_needed, config.self_interaction, output)
+
+    def to_fp32(name: str) -> str:
+        return name if precision == "fp32" else n.op("Cast", name, to=TensorProto.FLOAT)
+
+    x = interact(n, config, x, vectors(n, config, cast, slots), dot)
+    logits = score(n, config, x, dense_values, pooled, to_fp32)
     n.op("Squeeze", n.op("Sigmoid", logits), n.constant([1]), output="probabilities")
 
-    initializers = [_weight(key, array, "fp32" if key in last else precision) for key, array in dense.items()]
+    single = {WIDE_DENSE, WIDE_BIAS, *(top_keys(config)[-1:] or ((),))[0]}
+    initializers = [_weight(key, array, "fp32" if key in single else precision) for key, array in dense.items()]
     for group, table in zip(config.groups, tables or (), strict=tables is not None):
         initializers.append(numpy_helper.from_array(np.ascontiguousarray(table), table_tensor(group.name)))
     _, outputs = signature(config, "int32")
@@ -156,11 +176,76 @@ def _check_sizes(config: ModelConfig, tables: Sequence[FloatArray] | None) -> No
         )
 
 
-def _pool(n: Nodes, attributes: BagAttributes, table: str, max_bag: int, output: str) -> str:
+def _never_fails(attributes: BagAttributes) -> BagAttributes:
     policy = "clamp" if attributes.index_policy == "error" else attributes.index_policy
-    a = replace(attributes, index_policy=policy)
+    return replace(attributes, index_policy=policy)
+
+
+def _pool_path(n: Nodes, config: ModelConfig, feature: int, table: TableConfig, max_bag: int) -> str:
+    """The pooled vector [B, 1, W] of a feature of a path table: its ids, padded where bags vary, one by one."""
+    factors, name = config.pooling_factors, config.features[feature].name
+    filled = lengths = None
+    if factors is None:
+        bag = max_bag
+        starts, ends = (_bag_bounds(n, config, (feature,), side) for side in ("first", "last"))  # [1, B, 1]
+        places = n.op("Add", starts, n.constant(np.arange(max_bag)[None, None], np.int32))
+        filled = n.op("Less", places, ends)
+        lengths = n.op("Sub", ends, starts)
+        places = n.op("Reshape", n.op("Where", filled, places, n.constant(0, np.int32)), n.constant([-1]))
+    else:
+        bag = factors[feature]
+        batch = n.op("Div", n.op("Shape", "indices"), n.constant([sum(factors)]))
+        first = n.op("Mul", batch, n.constant([sum(factors[:feature])]))
+        last = n.op("Mul", batch, n.constant([sum(factors[: feature + 1])]))
+
+    def of_feature(values: str) -> str:
+        return n.op("Gather", values, places) if factors is None else n.op("Slice", values, first, last)
+
+    ids = of_feature("indices")
+    rows = []
+    for part in table.parts:
+        group = next(group for group in config.groups if part in group.parts)
+        a = _never_fails(BagAttributes.of_ids(config, feature, part, group.rows_of(part.name).start))
+        looked_up = f"rows_{name}_{part.name}"
+        pool_fixed(n, a, (1,), ids=ids, table=table_tensor(group.name), weights="", output=looked_up, dtype=np.int32)
+        rows.append(n.op("Squeeze", looked_up, n.constant([1])))
+    x = path_mlps(n, table, rows)
+    if config.weighted:
+        x = n.op("Mul", x, n.op("Unsqueeze", of_feature("weights"), n.constant([1])))
+    x = n.op("Reshape", x, n.constant([-1, bag, table.width]))
+    if filled is not None:
+        kept = n.op("Unsqueeze", n.op("Squeeze", filled, n.constant([0])), n.constant([2]))
+        x = n.op("Where", kept, x, n.constant(0.0, np.float32))
+    mean = config.features[feature].pooling == "mean"
+    x = n.op("ReduceSum", x, n.constant([1]), keepdims=1, output=None if mean else path_name(name))
+    if mean:
+        divisor = n.constant(float(bag), np.float32)
+        if lengths is not None:
+            counted = n.op("Max", n.op("Reshape", lengths, n.constant([-1, 1, 1])), n.constant(1, np.int32))
+            divisor = n.op("Cast", counted, to=TensorProto.FLOAT)
+        x = n.op("Div", x, divisor, output=path_name(name))
+    return x
+
+
+def _bag_bounds(n: Nodes, config: ModelConfig, features: Sequence[int], side: str) -> str:
+    """First or last bounds of the bags of some features, [T, B, 1] int32."""
+    if config.dense_features:
+        # The batch size comes from `dense`: TensorRT then knows that pooled vectors and dense vectors go together.
+        shape = n.op("Concat", n.constant([len(config.features)]), n.op("Shape", "dense", end=1), axis=0)
+    else:
+        shape = n.constant([len(config.features), -1])
+    first, last = (0, -1) if side == "first" else (1, np.iinfo(np.int32).max)
+    cut = n.op("Slice", "offsets", n.constant([first]), n.constant([last]), n.constant([0]))
+    by_feature = n.op("Reshape", cut, shape)
+    if tuple(features) != tuple(range(len(config.features))):
+        by_feature = n.op("Gather", by_feature, n.constant(features))
+    return n.op("Unsqueeze", by_feature, n.constant([2]))
+
+
+def _pool(n: Nodes, config: ModelConfig, attributes: BagAttributes, table: str, max_bag: int, output: str) -> str:
+    a = _never_fails(attributes)
     if a.pooling_factors is None:
-        _pool_padded(n, a, table, max_bag, output)
+        _pool_padded(n, config, a, table, max_bag, output)
     else:
         pool_fixed(
             n, a, a.pooling_factors,
@@ -169,7 +254,7 @@ def _pool(n: Nodes, attributes: BagAttributes, table: str, max_bag: int, output:
     return output
 
 
-def _pool_padded(n: Nodes, a: BagAttributes, table: str, max_bag: int, output: str) -> None:
+def _pool_padded(n: Nodes, config: ModelConfig, a: BagAttributes, table: str, max_bag: int, output: str) -> None:
     """Pad bags to `max_bag` ids, gather [T, B, L, D], drop the padding with Where and sum over L.
 
     Where rather than a product with a mask: a NaN or an infinity in a row that only pads must not reach the sum.
@@ -179,18 +264,7 @@ def _pool_padded(n: Nodes, a: BagAttributes, table: str, max_bag: int, output: s
         return np.array(values, np.int32)[:, None, None]
 
     i32 = np.int32
-    # The batch size comes from `dense`: TensorRT then knows that pooled vectors and dense vectors go together.
-    shape = n.op("Concat", n.constant([a.num_features]), n.op("Shape", "dense", end=1), axis=0)
-
-    def bounds(first: int, last: int) -> str:
-        """starts or ends of the bags of each slot, [T, B, 1] int32."""
-        cut = n.op("Slice", "offsets", n.constant([first]), n.constant([last]), n.constant([0]))
-        by_feature = n.op("Reshape", cut, shape)
-        if a.features != tuple(range(a.num_features)):
-            by_feature = n.op("Gather", by_feature, n.constant(a.features))
-        return n.op("Unsqueeze", by_feature, n.constant([2]))
-
-    starts, ends = bounds(0, -1), bounds(1, np.iinfo(i32).max)
+    starts, ends = (_bag_bounds(n, config, a.features, side) for side in ("first", "last"))
     places = n.op("Add", starts, n.constant(np.arange(max_bag)[None, None], i32))
     filled = n.op("Less", places, ends)
     places = n.op("Where", filled, places, n.constant(0, i32))

@@ -123,3 +123,135 @@ def out_of_range_bags(policy: str) -> list[BagCase]:
     far = [2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30, 2**32 - 1, 2**32, 2**63 - 1, -(2**31) - 1, -(2**63)]
     beyond.indices[:] = [*far, *far]
     return [*cases, beyond]
+
+
+@dataclass(frozen=True)
+class ComputedSlot:
+    """A slot whose rows are computed from ids. Attributes under their names in docs/operators.md, for one slot."""
+
+    feature: int
+    rows: int
+    ids: int
+    modulus: int = 0
+    divisor: int = 1
+    division: int = 0
+
+    def accepts(self, value: int) -> bool:
+        return 0 <= (value % self.modulus if self.modulus else value) < self.ids
+
+    def edges(self) -> set[int]:
+        """Ids, valid and others, where rounding and wrapping change the row."""
+        near = {0, self.ids, self.modulus, self.rows * self.divisor, 2**24 // self.divisor * self.divisor}
+        near |= {self.divisor * k for k in (1, 2, 3, self.rows - 1, self.ids // self.divisor)}
+        near |= {2**k for k in (23, 24, 25, 31, 32, 53, 60, 62)}
+        far = {-(2**63), -(2**31) - 1, -(2**31), -self.ids - 1, -self.ids, 2**31 - 1, 2**63 - 1}
+        return {value + step for value in near for step in (-1, 0, 1)} | far
+
+
+# Of the last one float32(d) is another number where it is rounded to float64 first.
+_FLOAT_DIVISORS = (1, 2, 3, 49, 60, 2**31 - 1, 2**60 + 2**36 + 1)
+COMPUTED_SLOTS: dict[str, list[ComputedSlot]] = {
+    "quotient_and_remainder": [ComputedSlot(0, 4, 11, divisor=3), ComputedSlot(0, 3, 11)],
+    "three_digits": [
+        ComputedSlot(0, 3, 60, divisor=20), ComputedSlot(0, 4, 60, divisor=5), ComputedSlot(0, 5, 60),
+    ],
+    "digits_of_large_ids": [ComputedSlot(0, 50, 2**62, divisor=2**57 + 3), ComputedSlot(0, 60, 2**62, divisor=2**31)],
+    "chinese_remainders": [ComputedSlot(0, 3, 12), ComputedSlot(0, 4, 12)],
+    "hashed_beside_plain": [
+        ComputedSlot(0, 5, 10**12), ComputedSlot(1, 7, 7), ComputedSlot(2, 1, 2**62), ComputedSlot(3, 3, 3),
+    ],
+    "modulus": [
+        ComputedSlot(0, 6, 6, modulus=6), ComputedSlot(1, 6, 6, modulus=4), ComputedSlot(2, 5, 5),
+        ComputedSlot(3, 5, 40, modulus=31, divisor=7), ComputedSlot(0, 5, 2**62, modulus=2**62 - 1),
+    ],
+    "modulus_beyond_the_ids": [ComputedSlot(0, 6, 6, modulus=9), ComputedSlot(1, 4, 3, modulus=2**63 - 1)],
+    "fewer_ids_than_rows": [ComputedSlot(0, 6, 4), ComputedSlot(1, 6, 2, divisor=2**63 - 1)],
+    "parts_and_plain_slots_in_another_order": [
+        ComputedSlot(2, 9, 9), ComputedSlot(0, 5, 23, divisor=5), ComputedSlot(3, 4, 4),
+        ComputedSlot(2, 2, 9, divisor=7), ComputedSlot(0, 5, 23),
+    ],
+    "every_division_in_one_group": [
+        ComputedSlot(0, 9, 100, divisor=7, division=2), ComputedSlot(0, 9, 100, divisor=7, division=1),
+        ComputedSlot(0, 9, 100, divisor=7), ComputedSlot(1, 8, 8), ComputedSlot(2, 4, 1000, modulus=700, division=1),
+    ],
+    "division_by_one": [ComputedSlot(0, 40, 40, division=1), ComputedSlot(1, 40, 40, division=2)],
+    **{
+        f"division_{division}": [
+            slot
+            for feature, divisor in enumerate(_FLOAT_DIVISORS)
+            for slot in (
+                ComputedSlot(feature, 300, min(300 * divisor, 2**62), divisor=divisor, division=division),
+                ComputedSlot(feature, 7, 2**62, divisor=divisor, division=division),
+            )
+        ]
+        for division in (1, 2)
+    },
+}  # fmt: skip
+
+
+def computed_bags(policy: str = "error") -> list[BagCase]:
+    """Rows computed from ids: quotients, remainders, moduli and both roundings.
+
+    Ids are at the edges of what they are valid for, and beyond that unless the policy is error.
+    """
+    cases = []
+    for number, (name, slots) in enumerate(COMPUTED_SLOTS.items()):
+        narrow = [np.int32 if number % 4 == remainder else np.int64 for remainder in (3, 0)]
+        cases.append(_computed_case(f"{name}_csr", slots, policy, narrow[0], weighted=number % 4 == 1))
+        cases.append(_computed_case(f"{name}_fixed", slots, policy, narrow[1], factors=(1, 2, 3, 1, 2, 2, 1)))
+    slots = COMPUTED_SLOTS["hashed_beside_plain"]
+    cases.append(_computed_case("fixed_one_id", slots, policy, np.int64, factors=(1, 1, 1, 1)))
+    cases.append(_computed_case("zero_samples_csr", slots, policy, np.int64, samples=0))
+    cases.append(_computed_case("zero_samples_fixed", slots, policy, np.int64, factors=(2, 2, 2, 2), samples=0))
+    return cases
+
+
+def _computed_case(
+    name: str,
+    slots: list[ComputedSlot],
+    policy: str,
+    dtype: type,
+    *,
+    weighted: bool = False,
+    factors: tuple[int, ...] | None = None,
+    samples: int = 60,
+) -> BagCase:
+    rng = np.random.default_rng(7)
+    features = 1 + max(slot.feature for slot in slots)
+    lengths = rng.integers(0, 4, (features, samples))
+    if factors is not None:
+        factors = factors[:features]
+        lengths = np.repeat(np.array(factors)[:, None], samples, axis=1)
+    indices = []
+    for feature in range(features):
+        readers = [slot for slot in slots if slot.feature == feature]
+        values = {0}.union(*(slot.edges() for slot in readers))
+        if policy == "error":
+            values = {value for value in values if all(slot.accepts(value) for slot in readers)}
+        limits = np.iinfo(dtype)
+        fitting = [value for value in sorted(values) if limits.min <= value <= limits.max]
+        indices.append(np.resize(rng.permutation(np.array(fitting, dtype)), lengths[feature].sum()))
+    ids = np.concatenate(indices)
+    rows = tuple(slot.rows for slot in slots)
+    attributes = {
+        "num_features": features,
+        "features": tuple(slot.feature for slot in slots),
+        "row_starts": tuple(int(start) for start in np.cumsum((0, *rows[:-1]))),
+        "rows": rows,
+        "ids": tuple(slot.ids for slot in slots),
+        "moduli": tuple(slot.modulus for slot in slots),
+        "divisors": tuple(slot.divisor for slot in slots),
+        "divisions": tuple(slot.division for slot in slots),
+        "mean": tuple(0 if weighted else t % 2 for t in range(len(slots))),
+        "index_policy": policy,
+    }
+    if factors is not None:
+        attributes["pooling_factors"] = factors
+    return BagCase(
+        name=name,
+        weights=rng.standard_normal((sum(rows), 3)).astype(np.float32),
+        indices=ids,
+        offsets=None if factors is not None else np.concatenate([[0], np.cumsum(lengths.reshape(-1))]).astype(dtype),
+        attributes=attributes,
+        per_sample_weights=rng.standard_normal(len(ids)).astype(np.float32) if weighted else None,
+    )

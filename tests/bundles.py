@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from dlrm_deploy.bundle import Bundle
-from dlrm_deploy.config import FeatureConfig, ModelConfig, TableConfig
+from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.export.bundle import export_bundle
 from dlrm_deploy.export.sources import RandomSource
 from dlrm_deploy.presets import preset
+from dlrm_deploy.tables import TableConfig
 
 
 def _model(name: str, widths: dict[str, int], **options: object) -> ModelConfig:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from dlrm_deploy.batch import Batch
-from dlrm_deploy.config import FeatureConfig, ModelConfig, TableConfig
+from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.export.function_bodies import BagAttributes
 from dlrm_deploy.model.keys import bottom_keys, cross_keys, dense_shapes, top_keys
 from dlrm_deploy.ops.reference import table_batched_embedding_bag
+from dlrm_deploy.tables import TableConfig
 
 MAX_BAG = 5
 

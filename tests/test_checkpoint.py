@@ -17,12 +17,13 @@ from dlrm_deploy import checkpoint as module
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Golden
 from dlrm_deploy.checkpoint import MODEL_PREFIX, Checkpoint, save_checkpoint
-from dlrm_deploy.config import ModelConfig, TableConfig
+from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.errors import CheckpointError, OutputError
 from dlrm_deploy.export.sources import CheckpointSource
 from dlrm_deploy.files import sha256_file, sha256_folder
 from dlrm_deploy.model.dlrm import DLRM
 from dlrm_deploy.model.keys import table_key
+from dlrm_deploy.tables import TableConfig
 
 CONFIG = ModelConfig.from_dict(
     {

@@ -13,11 +13,20 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dlrm_deploy.config import Interaction, ModelConfig, check_bool, from_mapping, parse_toml, read_text
+from dlrm_deploy.config import (
+    DenseTransform,
+    Interaction,
+    ModelConfig,
+    check_bool,
+    from_mapping,
+    parse_toml,
+    read_text,
+)
 from dlrm_deploy.data import movielens, random
 from dlrm_deploy.data.dataset import Schema, SparseFeature, Splits
 from dlrm_deploy.errors import ConfigError
 from dlrm_deploy.presets import preset
+from dlrm_deploy.schemes import TableScheme
 
 MlpOptimizer = Literal["adagrad", "sgd"]
 
@@ -45,8 +54,7 @@ def _check_text(field: str, value: object) -> None:
         raise ConfigError(f"{field} must be a text, got {value!r}.")
 
 
-_ANY_DATA = Schema(dense_features=("dense",), features=(SparseFeature(name="sparse", rows=1),))
-"""The least that a dataset can be: layers that make no model for it make none for any other."""
+_MODEL_LISTS = ("bottom_mlp", "top_mlp", "branch1", "branch2", "features")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +72,7 @@ class ModelRecipe:
 
     name: str | None = None
     width: int | None = None
-    """Embedding width of every table."""
+    """Width of every feature's vector."""
 
     bottom_mlp: tuple[int, ...] = ()
     top_mlp: tuple[int, ...] = ()
@@ -72,34 +80,72 @@ class ModelRecipe:
     self_interaction: bool = False
     cross_layers: int = 0
     cross_rank: int = 0
+    branch1: tuple[int, ...] = ()
+    branch2: tuple[int, ...] = ()
+    wide: bool = False
+    dense_transform: DenseTransform = "none"
+
+    dense: bool = True
+    """Whether the model sees the dataset's dense values."""
+
+    features: tuple[str, ...] = ()
+    """Which of the dataset's sparse features it sees, in that order; empty for all."""
+
+    tables: TableScheme = TableScheme()
+    """[model.tables]: how tables are stored."""
 
     def __post_init__(self) -> None:
-        for field in ("bottom_mlp", "top_mlp"):
-            widths = getattr(self, field)
-            if not isinstance(widths, (list, tuple)):
-                raise ConfigError(f"[model] {field} must be a list, got {widths!r}.")
-            object.__setattr__(self, field, tuple(widths))
-        check_bool("[model]", "self_interaction", self.self_interaction)
-        layers = [f.name for f in fields(self) if f.name not in ("preset", "scale_rows", "file")]
-        given = [name for name in layers if getattr(self, name) not in (None, (), False, 0, "dot")]
+        if isinstance(self.tables, Mapping):
+            object.__setattr__(self, "tables", from_mapping(TableScheme, self.tables, "[model.tables]"))
+        if not isinstance(self.tables, TableScheme):
+            raise ConfigError(f"[model] tables must be a table of keys, got {self.tables!r}.")
+        for field in _MODEL_LISTS:
+            values = getattr(self, field)
+            if not isinstance(values, (list, tuple)):
+                raise ConfigError(f"[model] {field} must be a list, got {values!r}.")
+            object.__setattr__(self, field, tuple(values))
+        for field in ("self_interaction", "wide", "dense"):
+            check_bool("[model]", field, getattr(self, field))
+        layers = [f for f in fields(self) if f.name not in ("preset", "scale_rows", "file")]
+        given = [f.name for f in layers if getattr(self, f.name) != f.default]
         if sum([self.preset is not None, self.file is not None, bool(given)]) != 1:
-            raise ConfigError(f"[model] needs one of: preset, file, or layers ({', '.join(layers)}).")
-        if given and (missing := [n for n in ("name", "width", "bottom_mlp", "top_mlp") if n not in given]):
+            names = ", ".join(f.name for f in layers)
+            raise ConfigError(f"[model] needs one of: preset, file, or layers ({names}).")
+        if given and (missing := [n for n in ("name", "width") if n not in given]):
             raise ConfigError(f"[model] missing key {', '.join(missing)}.")
         for field in ("preset", "file"):
             if getattr(self, field) is not None:
                 _check_text(f"[model] {field}", getattr(self, field))
         if given:
-            _ANY_DATA.model_config(**self.layers())
+            self._any_data().model_config(**self.layers())
         _check_number("[model] scale_rows", self.scale_rows, positive=True)
         if self.scale_rows != 1 and self.preset is None:
             raise ConfigError("[model] scale_rows goes with preset.")
 
+    def _any_data(self) -> Schema:
+        """The least that a dataset can be: layers that make no model for it make none for any other."""
+        names = self.features or ("sparse", "more")
+        rows = self.tables.threshold + 1  # the least that the scheme does something with
+        schema = Schema(("dense",), tuple(SparseFeature(name=name, rows=rows) for name in names))
+        return schema.select(dense=self.dense)
+
     def layers(self) -> dict[str, Any]:
-        """Arguments of `Schema.model_config`; empty for a preset or a file."""
+        """Arguments of `Schema.model_config`, for a schema of these features; empty for a preset or a file."""
         if self.name is None:
             return {}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("preset", "scale_rows", "file")}
+        others = ("preset", "scale_rows", "file", "dense", "features")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
+
+    def select(self, schema: Schema, splits: Splits) -> tuple[Schema, Splits]:
+        """What the model sees of a dataset.
+
+        Raises:
+            ConfigError: the data has no feature of such a name.
+        """
+        if self.dense and not self.features:
+            return schema, splits
+        names = self.features or tuple(feature.name for feature in schema.features)
+        return schema.select(names, dense=self.dense), splits.select(schema.positions(names), dense=self.dense)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,8 +173,8 @@ class MovieLensData:
     def load(self, model: ModelRecipe) -> tuple[ModelConfig, Splits]:
         if not model.layers():
             raise ConfigError(
-                "[model] a preset or file brings features of its own, MovieLens has others: give name, width, "
-                'bottom_mlp and top_mlp instead, or [data] kind = "random".'
+                "[model] a preset or file brings features of its own, MovieLens has others: give name, width and "
+                'layers instead, or [data] kind = "random".'
             )
         schema, splits = movielens.load(
             Path(self.path) if self.path else None,
@@ -136,6 +182,7 @@ class MovieLensData:
             seed=self.seed,
             share_item_table=self.share_item_table,
         )
+        schema, splits = model.select(schema, splits)
         return schema.model_config(**model.layers()), splits
 
 
@@ -254,8 +301,10 @@ class Recipe:
 
     def to_toml(self) -> str:
         """All keys that are set, as TOML."""
+        sections = asdict(self)
+        sections["model.tables"] = sections["model"].pop("tables")
         lines = []
-        for section, values in asdict(self).items():
+        for section, values in sections.items():
             lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None), ""]
         return "\n".join(lines)
 

@@ -407,10 +407,8 @@ class _Run:
         """Optimizer state under its checkpoint keys, as views."""
         tensors = {}
         for group, state in zip(self._config.groups, self._table_optimizer.state, strict=True):
-            for table in group.tables:
-                tensors[f"fused.state.{table_key(table.name)}.{table.name}.momentum1"] = state[
-                    group.rows_of(table.name)
-                ]
+            for part in group.parts:
+                tensors[f"fused.state.{table_key(part.name)}.{part.name}.momentum1"] = state[group.rows_of(part.name)]
         parameters = self._dense_optimizer.param_groups[0]["params"]
         for key, parameter in zip(dense_shapes(self._config), parameters, strict=True):
             for name, value in self._dense_optimizer.state[parameter].items():

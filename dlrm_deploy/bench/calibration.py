@@ -46,7 +46,9 @@ def measure_calibration(config: ModelConfig, threads: int) -> Calibration:
     Raises:
         EngineError: the native library is not there.
     """
-    group = max(config.groups, key=lambda group: group.width * sum(config.features[s].longest_bag for s in group.slots))
+    groups = config.groups
+    read = [group.width * sum(config.features[slot.feature].longest_bag for slot in group.slots) for group in groups]
+    group = groups[read.index(max(read))]
     row_bytes, gather_bytes = group.bytes // group.rows, min(group.bytes, BUFFER_BYTES)
     return Calibration(
         fma_gflops=library.calibrate_fma(threads, MILLISECONDS),

@@ -31,7 +31,8 @@ def gathered_bytes(config: ModelConfig, batch: Batch) -> int:
     """Bytes of table rows that scoring the batch reads."""
     ends_F = batch.offsets[batch.batch_size :: batch.batch_size].astype(np.int64)
     ids_F = np.diff(ends_F, prepend=0)
-    widths_F = np.array([config.table(feature.table).width for feature in config.features])
+    tables = (config.table(feature.table) for feature in config.features)
+    widths_F = np.array([sum(part.width for part in table.parts) + config.wide for table in tables])
     return int((ids_F * widths_F).sum()) * 4
 
 
@@ -120,5 +121,7 @@ def touching_batches(config: ModelConfig, index_dtype: np.dtype[Any]) -> Iterato
 def _page_ids(config: ModelConfig, feature: FeatureConfig) -> LongArray:
     """Ids one page apart, and the last one, which may lie on a page of its own."""
     table = config.table(feature.table)
-    step = max(_PAGE_BYTES // (table.width * 4), 1)
-    return np.append(np.arange(0, table.rows, step), table.rows - 1)
+    part = max(table.parts, key=lambda part: part.rows * part.width)
+    step = max(_PAGE_BYTES // (part.width * 4), 1)
+    ids = np.arange(0, part.rows, step) * part.divisor
+    return np.append(np.minimum(ids, table.rows - 1), table.rows - 1)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dlrm_deploy.errors import ConfigError, MissingDependencyError
+from dlrm_deploy.errors import ConfigError, EngineError, MissingDependencyError, ParityWarning
 from dlrm_deploy.presets import PRESET_NAMES, preset
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     return None if value is None else tuple(word.strip() for word in value.split(","))
 
 
-def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+def whole_numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """Callback of an option that takes a list such as 1,128,2048."""
     try:
         return tuple(int(word) for word in value.split(","))
     except ValueError as err:
@@ -44,19 +46,23 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[in
     metavar="NAME,...",
     help="Engines to measure; all CPU engines installed if left out.",
 )
-@click.option("--batch", "batch_sizes", callback=_numbers, metavar="N,...", default="1,128,2048", help="Batch sizes.")
+@click.option(
+    "--batch", "batch_sizes", callback=whole_numbers, metavar="N,...", default="1,128,2048", help="Batch sizes."
+)
 @click.option("--threads", type=int, help="CPU threads of each engine; one per core if left out.")
 @click.option("--distribution", default="uniform", help="Of the ids: uniform, gaussian or zipf.")
 @click.option("--rounds", type=int, default=7, help="Slices of each engine at each batch size.")
 @click.option("--slice-ms", type=float, default=60.0, help="Least length of a slice.")
 @click.option("--seed", type=int, default=0, help="Of the inputs, and of a preset's weights.")
 @click.option("--baseline", help="Engine that ratios are taken to; the first that runs if left out.")
+@click.option("--require-parity", is_flag=True, help="Refuse engines that have not passed `dlrm-deploy check`.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per engine and batch size.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture (PNG).")
 def bench(
     bundle: Path | None,
     preset_name: str | None,
     scale_rows: float,
+    require_parity: bool,
     as_json: bool,
     plot_path: Path | None,
     **options: Any,
@@ -74,6 +80,8 @@ def bench(
         raise click.UsageError("Give either a BUNDLE or --preset NAME.")
     if preset_name is None and scale_rows != 1.0:
         raise click.UsageError("--scale-rows goes with --preset: the tables of a bundle are as they are.")
+    if require_parity and bundle is None:
+        raise click.UsageError("--require-parity goes with a BUNDLE: nothing is known of a preset with random weights.")
     if plot_path is not None:
         if plot_path.suffix != ".png":
             raise click.UsageError(f"--plot writes PNG pictures: {plot_path} should end in .png.")
@@ -87,7 +95,11 @@ def bench(
     with (
         _opened(bundle, preset_name, scale_rows, settings.seed) as (opened, target),
         _progress(steps(settings)) as progress,
+        warnings.catch_warnings(),
     ):
+        if require_parity:
+            _check_parity(opened, settings.engines)
+        warnings.simplefilter("ignore", ParityWarning)  # outputs are compared before anything is timed
         report = run_bench(opened, settings, target=target, progress=progress)
     if as_json:
         click.echo(report.to_json_lines(), nl=False)
@@ -96,6 +108,15 @@ def bench(
     if plot_path is not None:
         plot(report, plot_path)  # last: a picture that cannot be written costs no results
         click.echo(f"Picture: {plot_path}", err=True)
+
+
+def _check_parity(bundle: Bundle, engines: Sequence[str]) -> None:
+    """Raise `EngineError` with one sentence for each engine that has not passed."""
+    from dlrm_deploy.engines.registry import parity_warning
+
+    reasons = [reason for engine in engines if (reason := parity_warning(bundle, engine))]
+    if reasons:
+        raise EngineError(" ".join(reasons))
 
 
 @contextmanager

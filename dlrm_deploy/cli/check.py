@@ -4,52 +4,174 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.bundle import REFERENCE, Bundle
+from dlrm_deploy.cli.bench import whole_numbers
 from dlrm_deploy.engines.registry import ENGINE_NAMES
-from dlrm_deploy.errors import OutputError
-from dlrm_deploy.parity.check import SEED, ParityReport, check_parity
+from dlrm_deploy.errors import EngineError, MissingDependencyError, OutputError
+from dlrm_deploy.metrics import CONFIDENCE, Difference
+from dlrm_deploy.parity.batch_file import read_batch
+from dlrm_deploy.parity.check import SEED, SIZES, check_parity
+from dlrm_deploy.parity.labelled import MAX_AUC_DROP, RESAMPLES, LabelledSamples
+from dlrm_deploy.parity.report import LabelledParity, ParityReport
+
+if TYPE_CHECKING:
+    from rich.table import Column, Table
+
+ALL = "all"
 
 
-def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+def _limit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no limit: give a number such as 1e-3.")
     return value
 
 
+def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    sizes = tuple(dict.fromkeys(whole_numbers(ctx, param, value)))
+    if min(sizes) < 0:
+        raise click.BadParameter(f"a batch has at least 0 samples, got {min(sizes)}.")
+    return sizes
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--engine", type=click.Choice(ENGINE_NAMES), default="onnxruntime", help="Engine to check.")
+@click.option(
+    "--engine",
+    "engines",
+    type=click.Choice((*ENGINE_NAMES, ALL)),
+    multiple=True,
+    default=("onnxruntime",),
+    help=f"Engine to check; may be given several times. {ALL}: every engine but {REFERENCE}, the reference.",
+)
+@click.option(
+    "--batch",
+    "sizes",
+    callback=_sizes,
+    metavar="N,...",
+    default=",".join(map(str, SIZES)),
+    help="Sizes of the random batches.",
+)
+@click.option("--batch-file", type=_FILE, help="Compare one saved batch (.npz) only; nothing is recorded.")
+@click.option("--data", type=_FILE, help="Labelled samples (.npz) to compare AUC, log loss and calibration on.")
+@click.option("--recipe", type=_FILE, help="Take the test split of this recipe for --data.")
+@click.option(
+    "--max-auc-drop",
+    type=click.FloatRange(min=0),
+    callback=_limit,
+    default=MAX_AUC_DROP,
+    help="Drop in AUC to accept on labelled samples.",
+)
+@click.option("--resamples", type=click.IntRange(min=1), default=RESAMPLES, help="Of the bootstrap intervals.")
 @click.option(
     "--atol",
     type=click.FloatRange(min=0),
-    callback=_finite,
-    help="Absolute error of probabilities to accept.  [default: 1e-6, more for wide models]",
+    callback=_limit,
+    help="Absolute error of probabilities to accept.  [default: 1e-6, more for wide models and low precision]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=SEED, help="Of the random batches.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--seed", type=click.IntRange(min=0), default=SEED, help="Of the random batches and the resamples.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each engine.")
 @click.option("--no-record", is_flag=True, help="Do not write the result into the bundle's manifest.")
 @click.pass_context
 def check(
-    ctx: click.Context, bundle: Path, engine: str, atol: float | None, seed: int, as_json: bool, no_record: bool
+    ctx: click.Context,
+    /,
+    bundle: Path,
+    engines: tuple[str, ...],
+    batch_file: Path | None,
+    data: Path | None,
+    recipe: Path | None,
+    as_json: bool,
+    no_record: bool,
+    **options: Any,
 ) -> None:
     """Compare the probabilities of an engine with PyTorch on the same batches.
 
-    All files of BUNDLE are hashed first. Exits 0 when every case is within the limit, 1 when one is not, 2 on wrong
-    usage and 3 when nothing could be compared.
+    All files of BUNDLE are hashed first. Exits 0 when every engine that could run here is within the limits, 1 when
+    one is not, 2 on wrong usage and 3 when nothing could be compared.
     """
+    _check_usage(ctx, batch_file, data, recipe)
     opened = Bundle.open(bundle, verify="full")
-    report = check_parity(opened, engine, seed=seed, atol=atol)
-    if not no_record:
-        _record(opened, report)
-    if as_json:
-        click.echo(json.dumps(report.to_dict(), allow_nan=False))
-    else:
-        _print(report)
-    ctx.exit(0 if report.passed else 1)
+    batch = read_batch(batch_file)[0] if batch_file else None
+    labelled = _labelled(data, recipe, opened)
+    reports: list[ParityReport] = []
+    absent: list[_Absent] = []
+    for name in _names(engines):
+        try:
+            report = check_parity(opened, name, batch=batch, labelled=labelled, **options)
+        except (EngineError, MissingDependencyError) as err:
+            absent.append(_Absent(name, str(err)))
+            if as_json:
+                click.echo(json.dumps(absent[-1].to_dict()))
+            continue
+        reports.append(report)
+        if not no_record and batch is None:
+            _record(opened, report)
+        if as_json:
+            click.echo(json.dumps(report.to_dict(), allow_nan=False))
+        else:
+            _print(report)
+    if not reports:
+        raise EngineError(" ".join(f"{one.engine} was not compared: {one.reason}" for one in absent))
+    if not as_json:
+        for one in absent:
+            click.echo(f"{one.engine} was not compared: {one.reason}")
+    ctx.exit(0 if all(report.passed for report in reports) else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Absent:
+    """An engine that cannot run here."""
+
+    engine: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"engine": self.engine, "compared": False, "reason": self.reason}
+
+
+def _check_usage(ctx: click.Context, batch_file: Path | None, data: Path | None, recipe: Path | None) -> None:
+    given = {
+        param.name: param.opts[0]
+        for param in ctx.command.params
+        if param.name and ctx.get_parameter_source(param.name) is not click.core.ParameterSource.DEFAULT
+    }
+    if data and recipe:
+        raise click.UsageError("Give either --data or --recipe: both name the labelled samples.")
+    if batch_file:
+        for name in ("data", "recipe", "sizes"):
+            if name in given:
+                raise click.UsageError(f"--batch-file compares one batch only: leave {given[name]} out.")
+    if not (data or recipe):
+        for name in ("max_auc_drop", "resamples"):
+            if name in given:
+                raise click.UsageError(f"{given[name]} goes with --data or --recipe.")
+
+
+def _names(engines: tuple[str, ...]) -> tuple[str, ...]:
+    """Each engine once, in the order given; `all` in the order of the list."""
+    spread = [ENGINE_NAMES if name == ALL else (name,) for name in engines]
+    named = {name for name in engines if name != ALL}
+    return tuple(dict.fromkeys(name for names in spread for name in names if name != REFERENCE or name in named))
+
+
+def _labelled(data: Path | None, recipe: Path | None, bundle: Bundle) -> LabelledSamples | None:
+    if data:
+        return LabelledSamples.read(data, bundle.config)
+    if recipe:
+        from dlrm_deploy.train.recipe import Recipe
+
+        config, splits = Recipe.read(recipe).load()
+        return LabelledSamples.of(splits.test, f"test split of {recipe}", config, bundle.config)
+    return None
 
 
 def _record(bundle: Bundle, report: ParityReport) -> None:
@@ -60,19 +182,26 @@ def _record(bundle: Bundle, report: ParityReport) -> None:
 
 
 def _print(report: ParityReport) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    columns = (Column("case", no_wrap=True), "samples", "max abs", "max rel", "worst row", "")
-    table = Table(*columns, title=f"{report.engine}, {report.version}")
+    console = Console()
+    names = ("samples", "max abs", "max\nULP", "mean\nULP", "worst\nrow")
+    table = Table("case", *map(_right, names), "", title=f"{report.engine}, {report.version}", box=SIMPLE)
     for case in report.cases:
         output = case.output
-        numbers = ("", "", "", "")
+        numbers = [""] * len(names)
         if output is not None:
-            worst = "" if output.worst_row is None else str(output.worst_row)
-            numbers = (str(output.rows), f"{output.max_abs:.2e}", f"{output.max_rel:.2e}", worst)
+            numbers = [
+                str(output.rows),
+                f"{output.max_abs:.2e}",
+                str(output.max_ulp),
+                f"{output.mean_ulp:.2f}",
+                "" if output.worst_row is None else str(output.worst_row),
+            ]
         table.add_row(case.name, *numbers, "ok" if case.passed else "FAILED")
-    Console().print(table)
+    console.print(table)
     for operator, implementation in report.implementations.items():
         click.echo(f"{operator}: {implementation}")
     for case in report.cases:
@@ -82,4 +211,34 @@ def _print(report: ParityReport) -> None:
             click.echo(f"{case.name}: {case.output.nonfinite} of {case.output.rows} values are NaN or infinite.")
     if report.limited:
         click.echo("Only the golden batch was compared: install `dlrm-deploy[train]` for the PyTorch reference.")
+    if report.labelled:
+        labelled = report.labelled
+        click.echo(f"{labelled.source}: {labelled.samples} samples, {labelled.positives} positive")
+        console.print(_labelled_table(labelled))
     click.echo(report.summary())
+    if report.labelled:
+        click.echo(report.labelled.summary())
+
+
+def _right(name: str) -> Column:
+    from rich.table import Column
+
+    return Column(name, justify="right", no_wrap=True)
+
+
+def _labelled_table(labelled: LabelledParity) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    names = ("reference", "engine", "worse by", f"{CONFIDENCE:.0%} interval")
+    table = Table("", *map(_right, names), box=SIMPLE)
+
+    def row(name: str, reference: float, engine: float, worse: Difference | None) -> None:
+        numbers = (f"{worse.value:.2e}", f"{worse.low:.2e} to {worse.high:.2e}") if worse else ()
+        table.add_row(name, f"{reference:.6f}", f"{engine:.6f}", *numbers)
+
+    ours, theirs = labelled.engine, labelled.reference
+    row("AUC", theirs.auc, ours.auc, labelled.auc_drop)
+    row("log loss", theirs.log_loss, ours.log_loss, labelled.log_loss_rise)
+    row("calibration", theirs.calibration, ours.calibration, None)
+    return table

@@ -38,9 +38,9 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     manifest, config = bundle.manifest, bundle.config
     altered = bundle.altered_files()
     dtypes = {
-        table.name: np.dtype(record.dtype)
+        part.name: np.dtype(record.dtype)
         for record, group in zip(manifest.table_groups, config.groups, strict=True)
-        for table in group.tables
+        for part in group.parts
     }
     bytes_by_folder: dict[str, int] = {}
     for name, file in manifest.files.items():
@@ -55,10 +55,12 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "tables": [
             {
                 "name": table.name,
-                "rows": table.rows,
-                "width": table.width,
-                "dtype": dtypes[table.name].name,
-                "bytes": table.rows * table.width * dtypes[table.name].itemsize,
+                "ids": table.rows,
+                "rows": sum(part.rows for part in table.parts),
+                "width": table.output_width,
+                "partition": table.partition,
+                "dtype": dtypes[table.parts[0].name].name,
+                "bytes": sum(part.rows * part.width * dtypes[part.name].itemsize for part in table.parts),
                 "features": [feature.name for feature in config.features if feature.table == table.name],
             }
             for table in config.tables
@@ -106,9 +108,14 @@ def _print(facts: dict[str, Any]) -> None:
         console.print(f"{label:<17} {value}", markup=False, soft_wrap=True)
 
     line("model", model["name"])
-    line("dense", f"{len(model['dense_features'])} features: {', '.join(model['dense_features'])}")
-    interaction = model.get("interaction", "dot")
-    line("layers", f"bottom {_widths(model['bottom_mlp'])}, interaction {interaction}, top {_widths(model['top_mlp'])}")
+    dense = model.get("dense_features", [])
+    transform = f", {model['dense_transform']}" if "dense_transform" in model else ""
+    line("dense", f"{len(dense)} features: {', '.join(dense)}{transform}" if dense else "none")
+    layers = [f"bottom {_widths(model['bottom_mlp'])}"] if "bottom_mlp" in model else []
+    layers.append(f"interaction {model.get('interaction', 'dot')}")
+    layers += [f"top {_widths(model['top_mlp'])}"] if "top_mlp" in model else []
+    layers += ["first-order terms"] if model.get("wide") else []
+    line("layers", ", ".join(layers))
     line("ids", f"{facts['inputs']['indices'][0]}, out of range: {model.get('index_policy', 'error')}")
     line("precision", ", ".join(f"{part} {dtype}" for part, dtype in facts["precision"].items()))
     line("bytes", ", ".join(f"{part} {_bytes(size)}" for part, size in facts["bytes"].items()))
@@ -116,7 +123,7 @@ def _print(facts: dict[str, Any]) -> None:
     line("made from", exporter)
 
     tables = {table["name"]: table for table in facts["tables"]}
-    shown = Table("feature", "bag", "pooling", "table", "rows", "width", "bytes")
+    shown = Table("feature", "bag", "pooling", "table", "ids", "stored as", "rows", "width", "bytes")
     for feature in model["features"]:
         table = tables[feature["table"]]
         factor = feature.get("pooling_factor")
@@ -126,6 +133,8 @@ def _print(facts: dict[str, Any]) -> None:
             bag,
             feature.get("pooling", "sum"),
             table["name"],
+            f"{table['ids']:,}",
+            table["partition"],
             f"{table['rows']:,}",
             str(table["width"]),
             _bytes(table["bytes"]),

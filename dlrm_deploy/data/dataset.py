@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dlrm_deploy.batch import Batch
-from dlrm_deploy.config import FeatureConfig, ModelConfig, Pooling, TableConfig
-from dlrm_deploy.errors import DataError
+from dlrm_deploy.config import FeatureConfig, ModelConfig, Pooling
+from dlrm_deploy.errors import ConfigError, DataError
+from dlrm_deploy.schemes import TableScheme
 
 FloatArray = npt.NDArray[np.float32]
 LongArray = npt.NDArray[np.int64]
@@ -140,6 +141,27 @@ def checked_rows(rows: npt.ArrayLike, size: int) -> LongArray:
     return array
 
 
+class Selection:
+    """Another dataset with some of its sparse features, and with or without its dense values."""
+
+    def __init__(self, data: Dataset, features: Sequence[int], *, dense: bool) -> None:
+        """Keep the features at these positions of `data`, in that order, and the dense values if `dense`."""
+        self._data = data
+        self._features = np.array(features, np.int64)
+        self._dense = dense
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def batch(self, rows: npt.ArrayLike) -> tuple[Batch, FloatArray]:
+        """The samples `rows` [B], in that order, and their labels [B]. Ids are int64."""
+        batch, labels = self._data.batch(rows)
+        bags_FB = self._features[:, None] * batch.batch_size + np.arange(batch.batch_size)
+        bags = Bags(batch.indices.astype(np.int64), batch.offsets.astype(np.int64)).take(bags_FB.reshape(-1))
+        dense = batch.dense if self._dense else batch.dense[:, :0]
+        return Batch(dense, bags.values, bags.offsets), labels
+
+
 @dataclass(frozen=True, slots=True)
 class Splits:
     """Three sets of samples that share none. Choose on `validation`, report on `test`."""
@@ -147,6 +169,10 @@ class Splits:
     train: Dataset
     validation: Dataset
     test: Dataset
+
+    def select(self, features: Sequence[int], *, dense: bool = True) -> Splits:
+        """Each split as a `Selection`."""
+        return Splits(*(Selection(data, features, dense=dense) for data in (self.train, self.validation, self.test)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,10 +205,51 @@ class Schema:
     features: tuple[SparseFeature, ...]
     """In batch order."""
 
+    def positions(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Where the features of these names stand in a batch.
+
+        Raises:
+            ConfigError: a name that is not among the features, or stands twice.
+        """
+        known = [feature.name for feature in self.features]
+        if unknown := [name for name in names if name not in known]:
+            raise ConfigError(f"no feature {', '.join(map(str, unknown))} in the data. Features: {', '.join(known)}.")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"features must differ, got {', '.join(names)}.")
+        return tuple(known.index(name) for name in names)
+
+    def select(self, features: Sequence[str] | None = None, *, dense: bool = True) -> Schema:
+        """The schema of a `Selection`.
+
+        Args:
+            features: names of the sparse features to keep, in that order; None for all.
+            dense: whether to keep the dense features.
+
+        Raises:
+            ConfigError: as `positions`.
+        """
+        kept = self.features if features is None else tuple(self.features[f] for f in self.positions(features))
+        return Schema(self.dense_features if dense else (), kept)
+
     def model_config(
-        self, name: str, width: int, bottom_mlp: Sequence[int], top_mlp: Sequence[int], **options: Any
+        self,
+        name: str,
+        width: int,
+        bottom_mlp: Sequence[int],
+        top_mlp: Sequence[int],
+        *,
+        tables: TableScheme | None = None,
+        **options: Any,
     ) -> ModelConfig:
-        """A model for this data with tables of one width; `options` are further fields of `ModelConfig`.
+        """A model for this data with vectors of one width.
+
+        Args:
+            name: of the model.
+            width: of the features' vectors.
+            bottom_mlp: widths of its layers.
+            top_mlp: widths of its layers.
+            tables: how tables are stored; None for a row for each id.
+            options: further fields of `ModelConfig`.
 
         Raises:
             ConfigError: widths or options that do not fit together.
@@ -193,7 +260,7 @@ class Schema:
         return ModelConfig(
             name=name,
             dense_features=self.dense_features,
-            tables=tuple(TableConfig(name=table, rows=count, width=width) for table, count in rows.items()),
+            tables=(tables or TableScheme()).tables(rows, width),
             features=tuple(
                 FeatureConfig(
                     name=feature.name,

@@ -1,6 +1,6 @@
 """The DLRM (arXiv 1906.00091) in plain PyTorch: the model that is trained, and the float32 reference of every engine.
 
-Main path: `forward` -> `pool` (embedding bags) and bottom MLP -> `score` (interaction, top MLP). The two steps are
+Main path: `forward` -> `pool` (embedding bags) -> `score` (bottom MLP, interaction, top MLP). The two steps are
 separate so that tables and MLPs may live in different places.
 
 In inference `pool` and `score` call the operators' implementation directly; with gradients, and under `torch.export`
@@ -9,8 +9,8 @@ and `torch.compile`, they go through the custom ops. Both are the same functions
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,28 +19,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlrm_deploy.batch import Batch
-from dlrm_deploy.config import ModelConfig, TableGroup
+from dlrm_deploy.config import LOG_SHIFTS, ModelConfig
 from dlrm_deploy.errors import BatchError, ConfigError
-from dlrm_deploy.model.keys import bottom_keys, cross_keys, dense_shapes, table_key, top_keys
+from dlrm_deploy.model.initial import initial_dense, initial_part
+from dlrm_deploy.model.keys import (
+    DENSE_VECTORS,
+    WIDE_BIAS,
+    WIDE_DENSE,
+    bottom_keys,
+    branch_keys,
+    cross_keys,
+    dense_shapes,
+    table_key,
+    top_keys,
+)
+from dlrm_deploy.model.vectors import Run, path_features, runs, wide_places
 from dlrm_deploy.ops import torch_ops
 from dlrm_deploy.ops.contract import BagAttributes
 
-_INIT_ROWS = 1 << 16
-
 
 class DLRM(nn.Module):
-    """A DLRM with one parameter [R, D] per table group.
+    """A DLRM with one parameter [R, D] per table group, and every other weight under its checkpoint key.
 
-    Suffixes: B batch, D dense features, T slots of a group, W width of a vector.
+    Suffixes: B batch, D dense features, T slots of a group, N ids, V vectors, W width of a vector.
     """
 
     def __init__(self, config: ModelConfig, group_weights: Sequence[Tensor] | None = None, *, seed: int = 0) -> None:
-        """Build the model, with random weights drawn from `seed`.
+        """Build the model, with random weights drawn from `seed` (`dlrm_deploy.model.initial`).
 
         Args:
             config: the architecture.
             group_weights: the matrix [rows, width] float32 of each of `config.groups`; used as it is, without a copy.
-                Left out, tables are drawn from uniform(-1/sqrt(rows), 1/sqrt(rows)).
+                Left out, tables are drawn.
             seed: of all random weights.
 
         Raises:
@@ -53,33 +63,32 @@ class DLRM(nn.Module):
         if group_weights is None:
             group_weights = [torch.empty(group.rows, group.width) for group in self._groups]
             for group, weights in zip(self._groups, group_weights, strict=True):
-                for table in group.tables:
-                    _init_table(weights[group.rows_of(table.name)], generator)
+                for part in group.parts:
+                    initial_part(config, part, weights[group.rows_of(part.name)], generator)
         seen = [(tuple(weights.shape), weights.dtype) for weights in group_weights]
         expected = [((group.rows, group.width), torch.float32) for group in self._groups]
         if seen != expected:
             raise ConfigError(f"group_weights must be {expected}, got {seen}.")
         self.group_weights = nn.ParameterList(nn.Parameter(weights) for weights in group_weights)
-        shapes = dense_shapes(config)
-        self.bottom = nn.ModuleList(_linear(shapes[weight], generator) for weight, _ in bottom_keys(config))
-        self.cross = nn.ModuleList(_CrossLayer(shapes[w], generator) for w, _, _ in cross_keys(config))
-        self.top = nn.ModuleList(_linear(shapes[weight], generator) for weight, _ in top_keys(config))
-        self._csr = [_attributes(config, group, None) for group in self._groups]
-        self._fixed = [_attributes(config, group, config.pooling_factors) for group in self._groups]
+        self._keys = tuple(dense_shapes(config))
+        for key, shape in dense_shapes(config).items():
+            self.register_parameter(_attribute(key), nn.Parameter(initial_dense(key, shape, generator)))
+        self._runs = runs(config)
+        # A group may have no bags to pool: those of path tables are looked up one id at a time.
+        self._attributes = [BagAttributes.of(config, group) if group.slots else None for group in self._groups]
+        self._paths = [_Path(config, feature) for feature, _ in path_features(config)]
+
+    def weight(self, key: str) -> Tensor:
+        """A weight of `dlrm_deploy.model.keys.dense_shapes`."""
+        return self.get_parameter(_attribute(key))
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Every weight under its checkpoint key; tables are row views of their group's matrix."""
+        """Every weight under its checkpoint key; table parts are row views of their group's matrix."""
         tensors = {}
         for group, weights in zip(self._groups, self.group_weights, strict=True):
-            for table in group.tables:
-                tensors[table_key(table.name)] = weights.detach()[group.rows_of(table.name)]
-        layers: Iterable[tuple[nn.Module, tuple[str, ...]]] = [
-            *zip(self.bottom, bottom_keys(self.config), strict=True),
-            *zip(self.cross, cross_keys(self.config), strict=True),
-            *zip(self.top, top_keys(self.config), strict=True),
-        ]
-        for layer, keys in layers:
-            tensors.update((key, weight.detach()) for key, weight in zip(keys, layer.parameters(), strict=True))
+            for part in group.parts:
+                tensors[table_key(part.name)] = weights.detach()[group.rows_of(part.name)]
+        tensors.update((key, self.weight(key).detach()) for key in self._keys)
         return tensors
 
     def forward(
@@ -96,24 +105,36 @@ class DLRM(nn.Module):
         return self.score(dense, self.pool(indices, offsets, weights))
 
     def pool(self, indices: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> list[Tensor]:
-        """The pooled embeddings [B, T, W] of each group."""
-        groups = list(zip(self.group_weights, self._fixed if offsets is None else self._csr, strict=True))
-        if _as_nodes():
-            node = torch_ops.table_batched_embedding_bag
-            return [node(matrix, indices, offsets, weights, *attributes) for matrix, attributes in groups]
-        return [torch_ops.pool_bags(matrix, indices, offsets, weights, attributes) for matrix, attributes in groups]
+        """The pooled embeddings: [B, T, W] of each table group, then [B, 1, W] of each feature of a path table."""
+        pooled = []
+        for matrix, attributes in zip(self.group_weights, self._attributes, strict=True):
+            if attributes is None:
+                batch = _batch_size(self.config, indices, offsets)
+                pooled.append(matrix.new_zeros(batch, 0, matrix.shape[1]))
+                continue
+            if offsets is not None:
+                attributes = replace(attributes, pooling_factors=None)
+            pooled.append(_pool(matrix, indices, offsets, weights, attributes))
+        pooled += [path.pool(self.group_weights, indices, offsets, weights) for path in self._paths]
+        return pooled
 
     def score(self, dense: Tensor, pooled: Sequence[Tensor]) -> Tensor:
-        """Logits [B] from dense values [B, D] and the pooled embeddings of each group."""
-        x_BW = dense
-        for layer in self.bottom:
-            x_BW = layer(x_BW).relu_()
-        x_BW = self._interact(x_BW, pooled)
-        *hidden, last = self.top
-        for layer in hidden:
-            x_BW = layer(x_BW).relu_()
-        logits: Tensor = last(x_BW).squeeze(1)
-        return logits
+        """Logits [B] from dense values [B, D] and what `pool` gives."""
+        config = self.config
+        if config.dense_transform != "none":
+            dense = torch.log(torch.clamp(dense + LOG_SHIFTS[config.dense_transform], min=1))
+        x_BW = self._mlp(dense, bottom_keys(config))
+        x_BW = self._interact(x_BW, [self._combine(run, pooled) for run in self._runs])
+        if config.top_mlp:
+            *hidden, (weight, bias) = top_keys(config)
+            x_BW = F.linear(self._mlp(x_BW, hidden), self.weight(weight), self.weight(bias))
+        if config.wide:
+            group, first = wide_places(config)
+            x_BW = x_BW + pooled[group][:, first : first + len(config.features)].sum(1)
+            if config.dense_features:
+                x_BW = x_BW + F.linear(dense, self.weight(WIDE_DENSE))
+            x_BW = x_BW + self.weight(WIDE_BIAS)
+        return x_BW.squeeze(1)
 
     def predict(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Probabilities [B] float32.
@@ -132,73 +153,126 @@ class DLRM(nn.Module):
             probabilities: npt.NDArray[np.float32] = logits.sigmoid().numpy()
         return probabilities
 
-    def _interact(self, dense_BW: Tensor, pooled: Sequence[Tensor]) -> Tensor:
-        if self.config.interaction == "dot":
-            (embeddings_BTW,) = pooled  # the dot interaction needs one width, so there is one group
-            interact = torch_ops.dot_interaction if _as_nodes() else torch_ops.interact
-            interactions: Tensor = interact(dense_BW, embeddings_BTW, self.config.self_interaction)
-            return interactions
-        x_BW = torch.cat([dense_BW, *self._in_feature_order(pooled)], dim=1)
-        if self.config.interaction == "dcn":
-            first_BW = x_BW
-            for layer in self.cross:
-                x_BW = layer(first_BW, x_BW)
+    def _mlp(self, x_BW: Tensor, layers: Sequence[tuple[str, str]]) -> Tensor:
+        """Linear layers, each with ReLU behind it."""
+        for weight, bias in layers:
+            x_BW = F.linear(x_BW, self.weight(weight), self.weight(bias)).relu_()
         return x_BW
 
-    def _in_feature_order(self, pooled: Sequence[Tensor]) -> list[Tensor]:
-        """Flat vectors side by side: [B, T * W] of the only group, or [B, W] of each feature."""
-        if len(pooled) == 1:
-            return [pooled[0].flatten(1)]
-        vectors: dict[int, Tensor] = {}
-        for group, embeddings_BTW in zip(self._groups, pooled, strict=True):
-            vectors.update(zip(group.slots, embeddings_BTW.unbind(1), strict=True))
-        return [vectors[slot] for slot in sorted(vectors)]
+    def _combine(self, run: Run, pooled: Sequence[Tensor]) -> Tensor:
+        """The vectors [B, count, W] of a run."""
+        parts = [pooled[output][:, slot : slot + run.count] for output, slot in run.parts]
+        if run.combine == "concat":
+            x_BVW = torch.cat(parts, dim=2)
+        else:
+            x_BVW = parts[0]
+            for part in parts[1:]:
+                x_BVW = x_BVW * part if run.combine == "multiply" else x_BVW + part
+        return x_BVW if run.projection is None else F.linear(x_BVW, self.weight(run.projection))
+
+    def _interact(self, dense_BW: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        config = self.config
+        if config.interaction in ("dot", "fm"):
+            return self._dot(dense_BW, vectors)
+        flat_BW = torch.cat([dense_BW, *(run.flatten(1) for run in vectors)], dim=1)
+        if config.interaction == "concat":
+            return flat_BW
+        if config.interaction == "projection":
+            B, W = dense_BW.shape
+            one, two = (self._mlp(flat_BW, keys) for keys in branch_keys(config))
+            products = torch.bmm(one.view(B, -1, W), two.view(B, W, -1)) if B else one.new_zeros(0, 0)
+            return torch.cat([dense_BW, products.reshape(B, config.interaction_width - W)], dim=1)
+        x_BW = flat_BW
+        for *kernels, bias in cross_keys(config):
+            if config.interaction == "dcn":
+                w, v = kernels
+                product = F.linear(F.linear(x_BW, self.weight(v)), self.weight(w), self.weight(bias))
+                x_BW = torch.addcmul(x_BW, flat_BW, product)
+            else:
+                product = F.linear(x_BW, self.weight(kernels[0]))
+                x_BW = torch.addcmul(x_BW + self.weight(bias), flat_BW, product)
+        return x_BW
+
+    def _dot(self, dense_BW: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        """Interaction dot, and fm, which is the sum of its products."""
+        config = self.config
+        x_BVW = vectors[0] if len(vectors) == 1 else torch.cat(list(vectors), dim=1)
+        first_BW = dense_BW
+        if not config.has_dense_vector:
+            if config.dense_features:  # each scales a vector of its own
+                x_BVW = torch.cat([dense_BW[:, :, None] * self.weight(DENSE_VECTORS), x_BVW], dim=1)
+            first_BW, x_BVW = x_BVW[:, 0], x_BVW[:, 1:]
+        interact = torch_ops.dot_interaction if _as_nodes() else torch_ops.interact
+        interactions: Tensor = interact(first_BW, x_BVW, config.self_interaction)
+        if config.interaction == "fm":
+            return interactions[:, first_BW.shape[1] :].sum(1, keepdim=True)
+        return interactions if config.has_dense_vector else interactions[:, first_BW.shape[1] :]
 
 
-def _attributes(config: ModelConfig, group: TableGroup, pooling_factors: tuple[int, ...] | None) -> BagAttributes:
-    """The operator's attributes for one table group."""
-    features = [config.features[slot] for slot in group.slots]
-    return BagAttributes(
-        num_features=len(config.features),
-        features=group.slots,
-        row_starts=tuple(group.rows_of(feature.table).start for feature in features),
-        rows=tuple(config.table(feature.table).rows for feature in features),
-        mean=tuple(int(feature.pooling == "mean") for feature in features),
-        pooling_factors=pooling_factors,
-        index_policy=config.index_policy,
-    )
+class _Path:
+    """One feature of a path table: each id is looked up by itself, and goes through the MLPs that it chooses."""
+
+    def __init__(self, config: ModelConfig, feature: int) -> None:
+        table = config.table(config.features[feature].table)
+        self._config = config
+        self._feature = feature
+        self._hidden, self._width = table.path_hidden, table.width
+        self._parts = [
+            (g, BagAttributes.of_ids(config, feature, part, group.rows_of(part.name).start))
+            for part in table.parts
+            for g, group in enumerate(config.groups)
+            if part in group.parts
+        ]
+
+    def pool(
+        self, matrices: Sequence[Tensor], indices: Tensor, offsets: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        """[B, 1, W]."""
+        B, f = _batch_size(self._config, indices, offsets), self._feature
+        if offsets is None:
+            factors = self._config.pooling_factors or ()
+            bounds_B = B * sum(factors[:f]) + torch.arange(B + 1) * factors[f]
+        else:
+            bounds_B = offsets[f * B : (f + 1) * B + 1].long()
+        ids = slice(int(bounds_B[0]), int(bounds_B[-1]))
+        rows = [_pool(matrices[g], indices[ids], None, None, attributes)[:, 0] for g, attributes in self._parts]
+        x_NW = rows[0]
+        h, W = self._hidden, self._width
+        for bank in rows[1:]:
+            w1, b1, w2, b2 = bank.split([h * W, h, W * h, W], dim=1)
+            hidden_N1h = torch.baddbmm(b1[:, None], x_NW[:, None], w1.view(-1, h, W).transpose(1, 2)).relu()
+            x_NW = torch.baddbmm(b2[:, None], hidden_N1h, w2.view(-1, W, h).transpose(1, 2))[:, 0]
+        if weights is not None:
+            x_NW = x_NW * weights[ids, None]
+        lengths_B = bounds_B.diff()
+        bag_N = torch.arange(B).repeat_interleave(lengths_B)
+        pooled_BW = x_NW.new_zeros(B, W).index_add(0, bag_N, x_NW)
+        if self._config.features[f].pooling == "mean":
+            pooled_BW = pooled_BW / lengths_B.clamp(min=1)[:, None]
+        return pooled_BW[:, None]
+
+
+def _pool(
+    matrix: Tensor, indices: Tensor, offsets: Tensor | None, weights: Tensor | None, attributes: BagAttributes
+) -> Tensor:
+    if _as_nodes():
+        pooled: Tensor = torch_ops.table_batched_embedding_bag(
+            matrix, indices, offsets, weights, *attributes.schema_values()
+        )
+        return pooled
+    return torch_ops.pool_bags(matrix, indices, offsets, weights, attributes)
+
+
+def _batch_size(config: ModelConfig, indices: Tensor, offsets: Tensor | None) -> int:
+    if offsets is None:
+        return len(indices) // sum(config.pooling_factors or (1,))
+    return (len(offsets) - 1) // len(config.features)
 
 
 def _as_nodes() -> bool:
     return torch.compiler.is_compiling() or torch.is_grad_enabled()
 
 
-def _init_table(weights: Tensor, generator: torch.Generator) -> None:
-    """uniform(-1/sqrt(rows), 1/sqrt(rows)), a block of rows at a time so that no second table is made."""
-    bound = 1 / math.sqrt(len(weights))
-    for start in range(0, len(weights), _INIT_ROWS):
-        weights[start : start + _INIT_ROWS].uniform_(-bound, bound, generator=generator)
-
-
-def _linear(shape: tuple[int, ...], generator: torch.Generator) -> nn.Linear:
-    """[out, in] from a normal distribution of variance 2 / (in + out), biases 1 / out: as in the paper's code."""
-    out, width = shape
-    layer = nn.Linear(width, out, device="meta").to_empty(device="cpu")  # without a first initialisation
-    layer.weight.data.normal_(std=math.sqrt(2 / (width + out)), generator=generator)
-    layer.bias.data.normal_(std=math.sqrt(1 / out), generator=generator)
-    return layer
-
-
-class _CrossLayer(nn.Module):
-    """One layer of TorchRec's LowRankCrossNet: x_0 * (W V x + b) + x."""
-
-    def __init__(self, shape: tuple[int, ...], generator: torch.Generator) -> None:
-        super().__init__()
-        width, rank = shape
-        std = math.sqrt(2 / (width + rank))
-        self.W = nn.Parameter(torch.randn(width, rank, generator=generator) * std)
-        self.V = nn.Parameter(torch.randn(rank, width, generator=generator) * std)
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, first_BW: Tensor, x_BW: Tensor) -> Tensor:
-        return torch.addcmul(x_BW, first_BW, F.linear(F.linear(x_BW, self.V), self.W, self.bias))
+def _attribute(key: str) -> str:
+    """A parameter's name in the module: names of modules cannot hold dots."""
+    return key.replace(".", "/")

@@ -29,6 +29,10 @@ def table_batched_embedding_bag(
     row_starts: Sequence[int],
     rows: Sequence[int],
     mean: Sequence[int],
+    ids: Sequence[int] = (),
+    moduli: Sequence[int] = (),
+    divisors: Sequence[int] = (),
+    divisions: Sequence[int] = (),
     index_policy: str = "error",
     per_sample_weights: FloatArray | None = None,
     pooling_factors: Sequence[int] | None = None,
@@ -42,9 +46,13 @@ def table_batched_embedding_bag(
         offsets: [F * B + 1], of the type of `indices`; None in the fixed form.
         num_features: F.
         features: [T] feature that each slot pools.
-        row_starts: [T] first row of each slot's table in `weights`.
-        rows: [T] rows of each slot's table, at least 1.
+        row_starts: [T] first row of each slot's table part in `weights`.
+        rows: [T] rows of each slot's table part, at least 1.
         mean: [T] 1 divides the sum by the number of ids in the bag.
+        ids: [T] ids in [0, ids) are valid; empty: `rows`.
+        moduli: [T] ids are taken modulo this first, unless it is 0; empty: 0.
+        divisors: [T] a valid id is divided by this; empty: 1.
+        divisions: [T] 0 exact, 1 float32, 2 float32 by the reciprocal; empty: 0.
         index_policy: error, clamp, modulo or zero.
         per_sample_weights: [N] float32, with sum pooling only.
         pooling_factors: [F] ids per bag; fixed form only.
@@ -54,33 +62,37 @@ def table_batched_embedding_bag(
         [B, T, D] float32. Rows are added in index order, each multiplication and addition rounded once.
 
     Raises:
-        BatchError: an input or attribute breaks the contract, or an id is outside its table under policy
-            `error`.
+        BatchError: an input or attribute breaks the contract, or an id is out of range under policy `error`.
     """
-    attributes = BagAttributes(num_features, features, row_starts, rows, mean, pooling_factors, index_policy)
-    attributes.check(weights, indices, offsets, per_sample_weights)
-    bounds = _bag_bounds(indices, offsets, attributes)  # [F, B + 1]
-    ids = indices.astype(np.int64)
+    a = BagAttributes(
+        num_features=num_features, features=tuple(features), row_starts=tuple(row_starts), rows=tuple(rows),
+        ids=tuple(ids), moduli=tuple(moduli), divisors=tuple(divisors), divisions=tuple(divisions), mean=tuple(mean),
+        pooling_factors=None if pooling_factors is None else tuple(pooling_factors), index_policy=index_policy,
+        feature_names=tuple(feature_names or ()),
+    )  # fmt: skip
+    a.check(weights, indices, offsets, per_sample_weights)
+    bounds = _bag_bounds(indices, offsets, a)  # [F, B + 1]
+    ids_N = indices.astype(np.int64)
     if index_policy == "error":
-        _check_ids(ids, bounds, features, rows, feature_names)
+        _check_ids(ids_N, bounds, a)
 
     B = bounds.shape[1] - 1
-    pooled_BTD = np.zeros((B, len(features), weights.shape[1]), np.float32)
+    pooled_BTD = np.zeros((B, len(a.features), weights.shape[1]), np.float32)
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinities follow IEEE arithmetic
-        for t, feature in enumerate(features):
-            table = weights[row_starts[t] : row_starts[t] + rows[t]]
+        for t, feature in enumerate(a.features):
+            table = weights[a.row_starts[t] : a.row_starts[t] + a.rows[t]]
             begins_B, ends_B = bounds[feature, :-1], bounds[feature, 1:]
             longest = int(np.max(ends_B - begins_B, initial=0))
             for k in range(longest):  # the k-th id of every bag that has one
                 bags = np.flatnonzero(begins_B + k < ends_B)
                 positions = begins_B[bags] + k
-                read, kept = _apply_policy(ids[positions], rows[t], index_policy)
-                values = table[read]
+                valid, kept = _valid_ids(ids_N[positions], a, t)
+                values = table[_rows_of(valid, a, t)]
                 if per_sample_weights is not None:
                     values = values * per_sample_weights[positions, None]
                 values[~kept] = 0.0
                 pooled_BTD[bags, t] += values
-            if mean[t]:
+            if a.mean[t]:
                 pooled_BTD[:, t] /= np.maximum(ends_B - begins_B, 1).astype(np.float32)[:, None]
     return pooled_BTD
 
@@ -109,6 +121,15 @@ def dot_interaction(dense: FloatArray, embeddings: FloatArray, *, self_interacti
     return np.concatenate(pieces, axis=1)
 
 
+def table_rows(ids: IntArray, attributes: BagAttributes, slot: int) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+    """The row of the group's matrix that each of a slot's ids [M] int64 reads, and whether it counts at all.
+
+    Ids are valid where the index policy is error.
+    """
+    valid, kept = _valid_ids(ids, attributes, slot)
+    return attributes.row_starts[slot] + _rows_of(valid, attributes, slot), kept
+
+
 def _bag_bounds(indices: npt.NDArray[Any], offsets: npt.NDArray[Any] | None, attributes: BagAttributes) -> IntArray:
     """[F, B + 1]: the bag of feature f and sample b owns indices[bounds[f, b]:bounds[f, b + 1]]."""
     bounds: IntArray
@@ -123,34 +144,48 @@ def _bag_bounds(indices: npt.NDArray[Any], offsets: npt.NDArray[Any] | None, att
     return bounds
 
 
-def _check_ids(
-    ids: IntArray,
-    bounds: IntArray,
-    features: Sequence[int],
-    rows: Sequence[int],
-    feature_names: Sequence[str] | None,
-) -> None:
-    """Raise for the bad id of lowest position among the features that some slot pools."""
+def _check_ids(ids: IntArray, bounds: IntArray, a: BagAttributes) -> None:
+    """Raise for the bad id of lowest position; where slots differ about it, for the one with the fewest ids."""
     bad = []
-    for feature, count in zip(features, rows, strict=True):
+    for t, feature in enumerate(a.features):
         begin, end = int(bounds[feature, 0]), int(bounds[feature, -1])
-        outside = np.flatnonzero((ids[begin:end] < 0) | (ids[begin:end] >= count))
+        reduced = _reduce(ids[begin:end], a.moduli[t])
+        outside = np.flatnonzero((reduced < 0) | (reduced >= a.ids[t]))
         if outside.size:
-            bad.append((begin + int(outside[0]), feature, count))
+            bad.append((begin + int(outside[0]), a.ids[t], feature))
     if bad:
-        position, feature, count = min(bad)
+        position, limit, feature = min(bad)
         sample = int(np.searchsorted(bounds[feature], position, side="right")) - 1
-        name = repr(feature_names[feature]) if feature_names else str(feature)
+        name = repr(a.feature_names[feature]) if a.feature_names else str(feature)
         raise BatchError(
             f"feature {name}, sample {sample}, position {position - bounds[feature, sample]} of its bag: "
-            f"id {ids[position]} is outside [0, {count}). Hash ids to the table size before scoring, or "
+            f"id {ids[position]} is outside [0, {limit}). Hash ids to the table size before scoring, or "
             "choose the index policy clamp, modulo or zero."
         )
 
 
-def _apply_policy(ids: IntArray, rows: int, policy: str) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """The rows to read, always inside the table, and which of them count."""
-    inside = (ids >= 0) & (ids < rows)
-    if policy == "modulo":
-        return ids % rows, np.ones_like(inside)  # the remainder has the sign of `rows`
-    return np.clip(ids, 0, rows - 1), inside if policy == "zero" else np.ones_like(inside)
+def _reduce(ids: IntArray, modulus: int) -> IntArray:
+    return ids % modulus if modulus else ids  # the remainder has the sign of the modulus
+
+
+def _valid_ids(ids: IntArray, a: BagAttributes, t: int) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+    """Ids of slot t after modulus and index policy, all in [0, ids[t]), and which of them count."""
+    limit = a.ids[t]
+    ids = _reduce(ids, a.moduli[t])
+    inside = (ids >= 0) & (ids < limit)
+    if a.index_policy == "modulo":
+        return ids % limit, np.ones_like(inside)
+    return np.clip(ids, 0, limit - 1), inside if a.index_policy == "zero" else np.ones_like(inside)
+
+
+def _rows_of(ids: IntArray, a: BagAttributes, t: int) -> IntArray:
+    """The rows of slot t's table part that valid ids read, all in [0, rows[t])."""
+    rows, divisor = a.rows[t], a.divisors[t]
+    if a.divisions[t] == 0:
+        return ids // divisor % rows
+    rounded = np.array(divisor).astype(np.float32)  # np.float32(divisor) would round to float64 first
+    if a.divisions[t] == 1:
+        quotients = ids.astype(np.float32) / rounded
+    else:
+        quotients = ids.astype(np.float32) * (np.float32(1) / rounded)
+    return np.minimum(quotients.astype(np.int64), rows - 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dlrm_deploy.errors import BatchError
-from dlrm_deploy.ops.contract import BagAttributes, check_interaction
+from dlrm_deploy.ops.contract import SCHEMA_FIELDS, BagAttributes, check_interaction
 
 
 class _Bags(NamedTuple):
@@ -46,56 +46,94 @@ def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _resolve_bags(indices: Tensor, offsets: Tensor | None, attributes: BagAttributes) -> _Bags:
-    """Follow the index policy and turn ids of tables into rows of the group's matrix."""
-    num_features, features, row_starts, rows, mean, pooling_factors, index_policy = attributes
+    """Turn ids into rows of the group's matrix, following modulus, index policy and quotient of each slot."""
+    a = attributes
+    num_features, features = a.num_features, a.features
     device = indices.device
     ids_N = indices.long()  # rows are addressed in 64 bits
     if offsets is None:
-        offsets = _fixed_offsets(ids_N, num_features, pooling_factors)
+        offsets = _fixed_offsets(ids_N, num_features, a.pooling_factors)
     offsets = offsets.long()
     B = (offsets.numel() - 1) // num_features
     T = len(features)
 
     bounds = offsets[::B].tolist() if B else [0] * (num_features + 1)
     positions_N = None
-    if list(features) != list(range(num_features)):
+    if features != tuple(range(num_features)):
         spans = [torch.arange(bounds[f], bounds[f + 1], device=device) for f in features]
         positions_N = torch.cat(spans) if spans else ids_N.new_empty(0)
         ids_N = ids_N[positions_N]
-        lengths_TB = offsets.diff().view(num_features, B)[_constant(tuple(features), device)]
+        lengths_TB = offsets.diff().view(num_features, B)[_constant(features, device)]
         offsets = F.pad(lengths_TB.reshape(-1).cumsum(0), (1, 0))
 
     counts = [bounds[f + 1] - bounds[f] for f in features]
-    rows_T, starts_T = _constant(tuple(rows), device), _constant(tuple(row_starts), device)
     if len(set(counts)) == 1:  # broadcasting is cheaper than repeating
         ids_N = ids_N.view(T, counts[0])
-        rows_N, starts_N = rows_T[:, None], starts_T[:, None]
+        slots_N = _Slots(device, None, ids_N.numel())
     else:
-        counts_T = torch.tensor(counts, dtype=torch.int64, device=device)
-        rows_N = rows_T.repeat_interleave(counts_T, output_size=ids_N.numel())
-        starts_N = starts_T.repeat_interleave(counts_T, output_size=ids_N.numel())
+        slots_N = _Slots(device, torch.tensor(counts, dtype=torch.int64, device=device), ids_N.numel())
 
     divisor_TB1 = None
-    if any(mean):
-        averaged_T = _constant(tuple(mean), device)
+    if any(a.mean):
+        averaged_T = _constant(a.mean, device)
         lengths_TB = offsets.diff().view(T, B)
         divisor_TB1 = torch.where(averaged_T[:, None] > 0, lengths_TB, 1).clamp(min=1).view(-1, 1)
 
-    if index_policy == "clamp":
-        ids_N = torch.minimum(ids_N.clamp(min=0), rows_N - 1)
-    elif index_policy == "modulo":
-        ids_N = torch.remainder(ids_N, rows_N)
+    given_N = ids_N
+    if any(a.moduli):
+        moduli_N = slots_N(a.moduli)
+        ids_N = torch.where(moduli_N > 0, ids_N.remainder(moduli_N.clamp(min=1)), ids_N)
+    limits_N, kept = slots_N(a.ids), None
+    if a.index_policy == "clamp":
+        ids_N = torch.minimum(ids_N.clamp(min=0), limits_N - 1)
+    elif a.index_policy == "modulo":
+        ids_N = torch.remainder(ids_N, limits_N)
     else:
-        outside_N = ((ids_N < 0) | (ids_N >= rows_N)).view(-1)
-        if index_policy == "error":
+        outside_N = ((ids_N < 0) | (ids_N >= limits_N)).view(-1)
+        if a.index_policy == "error":
             if outside_N.any():
-                _raise_bad_id(ids_N, rows_N, outside_N, positions_N, offsets, features, B)
+                _raise_bad_id(given_N, outside_N, positions_N, offsets, a)
         else:
             kept = (~outside_N).nonzero().view(-1)
             positions_N = kept if positions_N is None else positions_N[kept]
             offsets = F.pad((~outside_N).cumsum(0), (1, 0))[offsets]
-            return _Bags((ids_N + starts_N).view(-1)[kept], offsets, positions_N, divisor_TB1)
-    return _Bags((ids_N + starts_N).view(-1), offsets, positions_N, divisor_TB1)
+    if not a.plain:
+        ids_N = _quotients(ids_N, slots_N, a)
+    rows_N = (ids_N + slots_N(a.row_starts)).view(-1)
+    return _Bags(rows_N if kept is None else rows_N[kept], offsets, positions_N, divisor_TB1)
+
+
+class _Slots(NamedTuple):
+    """Spreads one number a slot over the ids, as a tensor that broadcasts with them."""
+
+    device: torch.device
+    counts: Tensor | None
+    """[T] ids of each slot; None where all have equally many and ids are [T, n]."""
+
+    total: int
+
+    def __call__(self, values: tuple[int, ...]) -> Tensor:
+        values_T = _constant(values, self.device)
+        if self.counts is None:
+            return values_T[:, None]
+        return values_T.repeat_interleave(self.counts, output_size=self.total)
+
+
+def _quotients(ids_N: Tensor, slots_N: _Slots, a: BagAttributes) -> Tensor:
+    """Rows of their slot's table part that valid ids read."""
+    rows_N, divisors_N = slots_N(a.rows), slots_N(a.divisors)
+    quotients_N = ids_N
+    if any(divisor != 1 for divisor in a.divisors):
+        quotients_N = ids_N // divisors_N
+    if any((n - 1) // divisor >= rows for n, divisor, rows in zip(a.ids, a.divisors, a.rows, strict=True)):
+        quotients_N = quotients_N.remainder(rows_N)
+    if any(a.divisions):
+        divisions_N = slots_N(a.divisions)
+        divided_N = ids_N.float() / divisors_N.float()
+        by_reciprocal_N = ids_N.float() * divisors_N.float().reciprocal()
+        rounded_N = torch.where(divisions_N == 1, divided_N, by_reciprocal_N).long()
+        quotients_N = torch.where(divisions_N == 0, quotients_N, torch.minimum(rounded_N, rows_N - 1))
+    return quotients_N
 
 
 def _fixed_offsets(indices: Tensor, num_features: int, pooling_factors: Sequence[int] | None) -> Tensor:
@@ -109,24 +147,19 @@ def _fixed_offsets(indices: Tensor, num_features: int, pooling_factors: Sequence
 
 
 def _raise_bad_id(
-    ids_N: Tensor,
-    rows_N: Tensor,
-    outside_N: Tensor,
-    positions_N: Tensor | None,
-    offsets_TB: Tensor,
-    features: Sequence[int],
-    B: int,
+    ids_N: Tensor, outside_N: Tensor, positions_N: Tensor | None, offsets_TB: Tensor, a: BagAttributes
 ) -> None:
+    """Raise for the lowest position in `indices`; where several slots read it, for the one with the fewest ids."""
     bad = outside_N.nonzero().view(-1)
-    if positions_N is not None:  # the lowest position in `indices`, whichever slot reads it
-        bad = bad[positions_N[bad].argmin()].view(1)
-    i = bad[0]
-    bag = int(torch.searchsorted(offsets_TB, i, right=True)) - 1
-    slot, sample = divmod(bag, B)
-    limit = rows_N.expand_as(ids_N).reshape(-1)[i]
+    bad = bad[:1] if positions_N is None else bad[positions_N[bad] == positions_N[bad].min()]
+    bags = torch.searchsorted(offsets_TB, bad, right=True) - 1
+    B = (offsets_TB.numel() - 1) // len(a.features)
+    limit, slot, i, bag = min(
+        (a.ids[bag // B], bag // B, i, bag) for i, bag in zip(bad.tolist(), bags.tolist(), strict=True)
+    )
     raise BatchError(
-        f"feature {features[slot]}, sample {sample}, position {int(i - offsets_TB[bag])} of its bag: "
-        f"id {int(ids_N.reshape(-1)[i])} is outside [0, {int(limit)}). Hash ids to the table size before scoring, "
+        f"feature {a.features[slot]}, sample {bag % B}, position {i - int(offsets_TB[bag])} of its bag: "
+        f"id {int(ids_N.reshape(-1)[i])} is outside [0, {limit}). Hash ids to the table size before scoring, "
         "or choose the index policy clamp, modulo or zero."
     )
 
@@ -146,7 +179,7 @@ def pool_bags(
         [B, T, D], a view of a new slot-major tensor.
 
     Raises:
-        BatchError: an id is outside its table under policy `error`.
+        BatchError: an id is out of range under policy `error`.
     """
     pooled = _pool(weights, _resolve_bags(indices, offsets, attributes), per_sample_weights)
     return pooled.view(len(attributes.features), -1, weights.shape[1]).transpose(0, 1)
@@ -190,19 +223,24 @@ def _triangle(V: int, self_interaction: bool, device: torch.device) -> Tensor:
 
 _SCHEMA = (
     "(Tensor weights, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, int num_features, int[] features, "
-    "int[] row_starts, int[] rows, int[] mean, int[]? pooling_factors, str index_policy) -> Tensor"
+    "int[] row_starts, int[] rows, int[] ids, int[] moduli, int[] divisors, int[] divisions, int[] mean, "
+    "int[]? pooling_factors, str index_policy) -> Tensor"
 )
+
+
+def _attributes(values: Sequence[Any]) -> BagAttributes:
+    return BagAttributes(**dict(zip(SCHEMA_FIELDS, values, strict=True)))
 
 
 @torch.library.custom_op("dlrm_deploy::table_batched_embedding_bag", mutates_args=(), schema=_SCHEMA)
 def table_batched_embedding_bag(
     weights: Tensor, indices: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None, *attributes: Any
 ) -> Tensor:
-    """`pool_bags` as one differentiable node that checks all of its inputs; `attributes` are those of `BagAttributes`.
+    """`pool_bags` as one differentiable node that checks all of its inputs.
 
-    Returns [B, T, D].
+    `attributes` are `BagAttributes.schema_values()`. Returns [B, T, D].
     """
-    node = BagAttributes(*attributes)
+    node = _attributes(attributes)
     node.check(weights, indices, offsets, per_sample_weights)
     return pool_bags(weights, indices, offsets, per_sample_weights, node).contiguous()
 
@@ -211,7 +249,7 @@ def table_batched_embedding_bag(
 def _(
     weights: Tensor, indices: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None, *attributes: Any
 ) -> Tensor:
-    node = BagAttributes(*attributes)
+    node = _attributes(attributes)
     if offsets is not None:
         B = (offsets.shape[0] - 1) // node.num_features
     else:
@@ -223,7 +261,7 @@ def _(
 def _save_bags(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weights, indices, offsets, per_sample_weights, *attributes = inputs
     ctx.save_for_backward(weights, indices, offsets, per_sample_weights)
-    ctx.attributes = BagAttributes(*attributes)
+    ctx.attributes = _attributes(attributes)
 
 
 def _bags_backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
@@ -249,7 +287,7 @@ def _bags_backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         grad_weights = torch.sparse_coo_tensor(
             bags.rows[None], grad_ND, weights.shape, check_invariants=False, is_coalesced=False
         )
-    return grad_weights, None, None, grad_per_sample, *(None for _ in ctx.attributes)
+    return grad_weights, None, None, grad_per_sample, *(None for _ in SCHEMA_FIELDS)
 
 
 table_batched_embedding_bag.register_autograd(_bags_backward, setup_context=_save_bags)

@@ -1,9 +1,9 @@
 """Compare an engine with the PyTorch reference on batches that the exporter never saw.
 
 The cases: the golden batch of the bundle against its stored probabilities; ids out of range, which must give the same
-result or the same refusal; seeded random batches of several sizes; awkward bags; 32-bit and 64-bit ids. A case that
-fails does not hide the others. Where torch is not installed, the golden batch and the refusal of bad ids remain, and
-the report says so.
+result or the same refusal; seeded random batches of several sizes; awkward bags; 32-bit and 64-bit ids; and labelled
+samples, where there are some. A case that fails does not hide the others. Where torch is not installed, the golden
+batch and the refusal of bad ids remain, and the report says so.
 
 Main path: `check_parity` -> `_cases` -> `_run` for each. docs/check.md explains the limit.
 """
@@ -14,135 +14,34 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 
 from dlrm_deploy.batch import Batch
-from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.bundle import REFERENCE, Bundle
+from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.engines.engine import Engine
-from dlrm_deploy.engines.registry import missing_package, open_engine
-from dlrm_deploy.errors import BatchError, EngineError
+from dlrm_deploy.engines.registry import missing_package, open_unchecked
+from dlrm_deploy.errors import BatchError, EngineError, MissingDependencyError
 from dlrm_deploy.model.rounding import derived_limit
 from dlrm_deploy.parity.batches import awkward_batches, out_of_range_batch
 from dlrm_deploy.parity.compare import FloatArray, OutputParity, compare
+from dlrm_deploy.parity.labelled import MAX_AUC_DROP, RESAMPLES, LabelledSamples, compare_labelled
+from dlrm_deploy.parity.report import LabelledParity, ParityCase, ParityReport
 
-SIZES = (0, 1, 2, 37, 2048)
+SIZES = (0, 1, 2, 37, 2048, 8192)
 SEED = 20190531
 """Of the random batches; any other number will do."""
 
 _IDS_ROWS = 37
 
-
-@dataclass(frozen=True, slots=True)
-class ParityCase:
-    """One batch: how far the outputs are apart, or why they could not be compared."""
-
-    name: str
-    output: OutputParity | None = None
-    """None where the engine was to refuse the batch, or did not score it."""
-
-    problem: str | None = None
-    """What went wrong other than numbers."""
-
-    @property
-    def passed(self) -> bool:
-        return self.problem is None and (self.output is None or self.output.passed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "case": self.name,
-            "passed": self.passed,
-            **(self.output.to_dict() if self.output else {}),
-            **({"problem": self.problem} if self.problem else {}),
-        }
+_ROUNDING_UNITS = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParityReport:
-    """All cases of one engine."""
-
-    engine: str
-    version: str
-    """Of the library that executed."""
-
-    implementations: dict[str, str]
-    """Which implementation each of our operators used."""
-
-    reference: str
-    """What the engine was compared with."""
-
-    limited: bool
-    """The reference was not there, and only the golden batch could be compared."""
-
-    seed: int
-    limit: float
-    time: str
-    cases: tuple[ParityCase, ...]
-
-    @property
-    def passed(self) -> bool:
-        return all(case.passed for case in self.cases)
-
-    @property
-    def max_abs(self) -> float:
-        """Largest absolute difference over all cases."""
-        return max((case.output.max_abs for case in self.cases if case.output), default=0.0)
-
-    @property
-    def max_rel(self) -> float:
-        """Largest relative difference over all cases."""
-        return max((case.output.max_rel for case in self.cases if case.output), default=0.0)
-
-    @property
-    def rows(self) -> int:
-        """Samples compared."""
-        return sum(case.output.rows for case in self.cases if case.output)
-
-    @property
-    def worst(self) -> ParityCase | None:
-        """The first case with a problem or a value that is not finite, else the one with the largest difference."""
-        broken = (case for case in self.cases if case.problem or (case.output and case.output.nonfinite))
-        compared = [case for case in self.cases if case.output and case.output.rows]
-        largest = max(compared, key=lambda case: case.output.max_abs if case.output else 0.0, default=None)
-        return next(broken, largest)
-
-    def summary(self) -> str:
-        """One line: the verdict, the worst case and what was compared."""
-        where = ""
-        if (worst := self.worst) is not None:
-            row = worst.output.worst_row if worst.output else None
-            where = f" in {worst.name}" + ("" if row is None else f" at row {row}")
-        return (
-            f"{'PASSED' if self.passed else 'FAILED'}  probability: max abs error {self.max_abs:.2e}{where} "
-            f"(limit {self.limit:.1e}, {self.rows} rows, against {self.reference})"
-        )
-
-    def record(self) -> dict[str, Any]:
-        """What the bundle's manifest keeps."""
-        worst = self.worst
-        return {
-            "passed": self.passed,
-            "max_abs": self.max_abs,
-            "max_rel": self.max_rel,
-            "limit": self.limit,
-            "rows": self.rows,
-            "worst_case": worst.name if worst else None,
-            "worst_row": worst.output.worst_row if worst and worst.output else None,
-            "failed_cases": [case.name for case in self.cases if not case.passed],
-            "cases": [case.name for case in self.cases],
-            "seed": self.seed,
-            "version": self.version,
-            "implementations": self.implementations,
-            "reference": self.reference,
-            "time": self.time,
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: the record with all cases."""
-        return {"engine": self.engine, **self.record(), "cases": [case.to_dict() for case in self.cases]}
+def precision_limit(config: ModelConfig, precision: str) -> float:
+    """`derived_limit` for an engine that computes in another number format: larger by the ratio of rounding units."""
+    return derived_limit(config) * _ROUNDING_UNITS[precision] / _ROUNDING_UNITS["fp32"]
 
 
 def check_parity(
@@ -153,6 +52,10 @@ def check_parity(
     seed: int = SEED,
     atol: float | None = None,
     threads: int | None = None,
+    batch: Batch | None = None,
+    labelled: LabelledSamples | None = None,
+    max_auc_drop: float = MAX_AUC_DROP,
+    resamples: int = RESAMPLES,
 ) -> ParityReport:
     """Compare an engine with the reference.
 
@@ -161,36 +64,67 @@ def check_parity(
         engine_name: one of `dlrm_deploy.engines.registry.ENGINE_NAMES`.
         sizes: of the random batches.
         seed: of all random values.
-        atol: absolute difference of probabilities to accept; None for `derived_limit`.
+        atol: absolute difference of probabilities to accept; None for `precision_limit`.
         threads: CPU threads of each engine; None for one per core.
+        batch: compare this one only.
+        labelled: samples to compare AUC, log loss and calibration on.
+        max_auc_drop: drop in AUC to accept on them.
+        resamples: of the bootstrap intervals.
 
     Raises:
         EngineError: the engine cannot be opened or executed here; nothing was compared.
+        MissingDependencyError: a package is missing: the engine's, or torch where `batch` or `labelled` need it.
+        BatchError: `batch` does not fit the model.
+        DataError: labelled samples do not fit the model, or are of one class.
     """
-    limit = derived_limit(bundle.config) if atol is None else atol
+    no_torch = missing_package(REFERENCE)
+    if no_torch and (batch is not None or labelled is not None):
+        raise MissingDependencyError(f"only the golden batch can be compared without the reference: {no_torch}")
+    if batch is not None:
+        batch.check_fits(bundle.config)
     with ExitStack() as stack:
         # Two engines take turns here: threads that spin would slow each other down.
-        engine = stack.enter_context(open_engine(bundle, engine_name, threads=threads, spin=False))
+        engine = stack.enter_context(open_unchecked(bundle, engine_name, threads=threads, spin=False))
         reference: Engine | None = None
-        if missing_package("torch") is None:
-            reference = stack.enter_context(open_engine(bundle, "torch", threads=threads))
-        attempts = [_run(name, case) for name, case in _cases(bundle, engine, reference, sizes, seed, limit)]
-        # An engine that cannot execute here may still answer for no samples, and refuse bad ids.
-        if not any(attempt.case.output and attempt.case.output.rows for attempt in attempts):
-            stopped = next((attempt.error for attempt in attempts if isinstance(attempt.error, EngineError)), None)
-            if stopped is not None:
-                raise stopped
+        if not no_torch:
+            reference = stack.enter_context(open_unchecked(bundle, REFERENCE, threads=threads))
+        limit = precision_limit(bundle.config, engine.precision) if atol is None else atol
+        cases = _Cases(bundle, engine, reference, limit)
+        if batch is not None:
+            engine.predict(bundle.golden().batch.rows(0, 1))  # raises where the engine cannot execute here
+            attempts = [_run(cases.given(batch))]
+        else:
+            attempts = [_run(case) for case in cases.all(sizes, seed)]
+            _check_executed(attempts)
+        found = [attempt.case for attempt in attempts]
+        worth: LabelledParity | None = None
+        if labelled is not None and reference is not None:
+            case, worth = compare_labelled(
+                labelled, reference, engine, limit=limit, max_auc_drop=max_auc_drop, resamples=resamples, seed=seed
+            )
+            found.append(case)
         return ParityReport(
             engine=engine_name,
             version=engine.version,
+            precision=engine.precision,
             implementations=engine.implementations(),
             reference=reference.version if reference else "golden batch only, torch is not installed",
             limited=reference is None,
             seed=seed,
             limit=limit,
+            files=bundle.manifest.files_digest(engine_name),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
-            cases=tuple(attempt.case for attempt in attempts),
+            cases=tuple(found),
+            labelled=worth,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    name: str
+    batch: Batch
+    run: Callable[[], OutputParity | str | None]
+    """Gives the comparison, or what is wrong, or None where the engine refused as it should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,62 +133,89 @@ class _Attempt:
     error: Exception | None = None
 
 
-def _run(name: str, case: Callable[[], OutputParity | str | None]) -> _Attempt:
-    """Do one case. It gives the comparison, or what is wrong, or None where the engine refused as it should."""
+def _run(case: _Case) -> _Attempt:
+    """Do one case; a failed one keeps its batch."""
     try:
-        result = case()
+        result = case.run()
     except Exception as err:  # whatever an engine throws is a fact about this case only
-        return _Attempt(ParityCase(name, problem=str(err) or type(err).__name__), err)
+        return _Attempt(ParityCase(case.name, problem=str(err) or type(err).__name__, batch=case.batch), err)
     if isinstance(result, str):
-        return _Attempt(ParityCase(name, problem=result))
-    return _Attempt(ParityCase(name, output=result))
+        return _Attempt(ParityCase(case.name, problem=result, batch=case.batch))
+    passed = result is None or result.passed
+    return _Attempt(ParityCase(case.name, output=result, batch=None if passed else case.batch))
 
 
-def _cases(
-    bundle: Bundle, engine: Engine, reference: Engine | None, sizes: Sequence[int], seed: int, limit: float
-) -> Iterator[tuple[str, Callable[[], OutputParity | str | None]]]:
-    config = bundle.config
-    rng = np.random.default_rng(seed)
-
-    def against(batch: Batch, expected: Callable[[], FloatArray]) -> Callable[[], OutputParity]:
-        return lambda: compare(engine.predict(batch), expected(), limit)
-
-    golden = bundle.golden()
-    yield "golden batch", against(golden.batch, lambda: golden.probabilities)
-    bad = out_of_range_batch(config, rng, bundle.manifest.index_dtype)
-    if config.index_policy == "error":
-        # Early in the list: every later case also shows that a refused batch leaves the engine whole.
-        yield "ids out of range: refused", lambda: _refusal_problem(engine, reference, bad)
-    if reference is None:
+def _check_executed(attempts: Sequence[_Attempt]) -> None:
+    """Raise the engine's own error if it scored nothing: one that cannot execute here still takes an empty batch."""
+    if any(attempt.case.output and attempt.case.output.rows for attempt in attempts):
         return
-
-    def both(batch: Batch, told: Batch | None = None) -> Callable[[], OutputParity]:
-        return against(batch, lambda: reference.predict(told or batch))
-
-    if config.index_policy != "error":
-        yield f"ids out of range: {config.index_policy}", both(bad)
-    for size in sizes:
-        yield f"{size} random samples", both(random_batch(config, size, rng))
-    for name, batch in awkward_batches(config, rng).items():
-        yield name, both(batch)
-    wide = random_batch(config, _IDS_ROWS, rng)
-    yield "64-bit ids", both(wide)
-    if max(config.feature_rows) <= np.iinfo(np.int32).max:
-        narrow = Batch(wide.dense, wide.indices.astype(np.int32), wide.offsets.astype(np.int32), wide.weights)
-        yield "32-bit ids", both(narrow, wide)
+    stopped = next((attempt.error for attempt in attempts if isinstance(attempt.error, EngineError)), None)
+    if stopped is not None:
+        raise stopped
 
 
-def _refusal_problem(engine: Engine, reference: Engine | None, bad: Batch) -> str | None:
-    """Why the engine did not refuse `bad` as the reference does; None where it did."""
-    expected = bad.explain_bad_ids(engine.bundle.config)
-    for who in (reference, engine):
-        if who is None:
-            continue
-        try:
-            who.predict(bad)
-        except BatchError as err:
-            if str(err) != expected:
-                return f"{who.name} refused with another message: {err} Expected: {expected}"
-        else:
-            return f"{who.name} scored ids that are out of range. Expected: {expected}"
-    return None
+@dataclass(frozen=True, slots=True)
+class _Cases:
+    """Makes the cases of one engine, one at a time."""
+
+    bundle: Bundle
+    engine: Engine
+    reference: Engine | None
+    limit: float
+
+    def all(self, sizes: Sequence[int], seed: int) -> Iterator[_Case]:
+        config = self.bundle.config
+        rng = np.random.default_rng(seed)
+        golden = self.bundle.golden()
+        yield self._against("golden batch", golden.batch, lambda: golden.probabilities)
+        bad = out_of_range_batch(config, rng, self.bundle.manifest.index_dtype)
+        if config.index_policy == "error":
+            # Early in the list: every later case also shows that a refused batch leaves the engine whole.
+            yield self._refused("ids out of range: refused", bad)
+        if self.reference is None:
+            return
+        if config.index_policy != "error":
+            yield self._both(f"ids out of range: {config.index_policy}", bad)
+        for size in sizes:
+            yield self._both(f"{size} random samples", random_batch(config, size, rng))
+        for name, batch in awkward_batches(config, rng).items():
+            yield self._both(name, batch)
+        wide = random_batch(config, _IDS_ROWS, rng)
+        yield self._both("64-bit ids", wide)
+        if max(config.feature_rows) <= np.iinfo(np.int32).max:
+            narrow = Batch(wide.dense, wide.indices.astype(np.int32), wide.offsets.astype(np.int32), wide.weights)
+            yield self._both("32-bit ids", narrow, told=wide)
+
+    def given(self, batch: Batch) -> _Case:
+        """The comparison of one batch, or of its refusal where an id is out of range."""
+        config = self.bundle.config
+        if config.index_policy == "error" and batch.explain_bad_ids(config) is not None:
+            return self._refused("the batch given: refused", batch)
+        return self._both("the batch given", batch)
+
+    def _against(self, name: str, batch: Batch, expected: Callable[[], FloatArray]) -> _Case:
+        return _Case(name, batch, lambda: compare(self.engine.predict(batch), expected(), self.limit))
+
+    def _both(self, name: str, batch: Batch, told: Batch | None = None) -> _Case:
+        """Engine on `batch`, and reference on `told`, which is the same batch in another type."""
+        assert self.reference is not None
+        reference = self.reference
+        return self._against(name, batch, lambda: reference.predict(told or batch))
+
+    def _refused(self, name: str, bad: Batch) -> _Case:
+        return _Case(name, bad, lambda: self._refusal_problem(bad))
+
+    def _refusal_problem(self, bad: Batch) -> str | None:
+        """Why the engine did not refuse `bad` as the reference does; None where it did."""
+        expected = bad.explain_bad_ids(self.bundle.config)
+        for who in (self.reference, self.engine):
+            if who is None:
+                continue
+            try:
+                who.predict(bad)
+            except BatchError as err:
+                if str(err) != expected:
+                    return f"{who.name} refused with another message: {err} Expected: {expected}"
+            else:
+                return f"{who.name} scored ids that are out of range. Expected: {expected}"
+        return None

@@ -9,8 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dlrm_deploy.errors import EngineError
+from dlrm_deploy.model.rounding import LEAST_LIMIT
 
 FloatArray = npt.NDArray[np.float32]
+
+ULP_FLOOR = LEAST_LIMIT
+"""Units in the last place are counted where the reference is at least this. Two values below it, which no limit tells
+apart, can be millions of units apart: an engine whose sigmoid ends at 1e-8 is right, and so far away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,15 @@ class OutputParity:
 
     max_rel: float
     """Largest difference relative to the reference's size, over the same rows."""
+
+    max_ulp: int
+    """Largest distance in units in the last place of float32, over the `ulp_rows`."""
+
+    mean_ulp: float
+    """Mean of the same."""
+
+    ulp_rows: int
+    """Rows where both are finite and the reference is `ULP_FLOOR` or more in size."""
 
     worst_row: int | None
     """First row that is not finite, else the row of `max_abs`; None where all are equal."""
@@ -44,6 +58,9 @@ class OutputParity:
             "rows": self.rows,
             "max_abs": self.max_abs,
             "max_rel": self.max_rel,
+            "max_ulp": self.max_ulp,
+            "mean_ulp": self.mean_ulp,
+            "ulp_rows": self.ulp_rows,
             "worst_row": self.worst_row,
             "nonfinite": self.nonfinite,
             "limit": self.limit,
@@ -70,6 +87,8 @@ def compare(actual: FloatArray, expected: FloatArray, limit: float) -> OutputPar
     compared = expected[finite].astype(np.float64)
     difference = np.abs(actual[finite] - compared)
     relative = difference / np.maximum(np.abs(compared), np.finfo(np.float32).tiny)
+    counted = finite & (np.abs(expected) >= ULP_FLOOR)
+    ulp = ulp_distance(actual[counted], expected[counted])
     worst: int | None = None
     if not finite.all():
         worst = int(np.argmin(finite))
@@ -79,7 +98,25 @@ def compare(actual: FloatArray, expected: FloatArray, limit: float) -> OutputPar
         rows=expected.size,
         max_abs=float(difference.max(initial=0.0)),
         max_rel=float(relative.max(initial=0.0)),
+        max_ulp=int(ulp.max(initial=0)),
+        mean_ulp=float(ulp.mean()) if ulp.size else 0.0,
+        ulp_rows=ulp.size,
         worst_row=worst,
         nonfinite=int((~finite).sum()),
         limit=limit,
     )
+
+
+def ulp_distance(a: FloatArray, b: FloatArray) -> npt.NDArray[np.int64]:
+    """How many float32 values lie between `a` and `b`, both finite, counting one end: 0 for equal values and 0.0, -0.0.
+
+    Read as integers, the bits of positive floats are in the order of their values; those of negative ones run
+    backwards, and are turned around here.
+    """
+    distance: npt.NDArray[np.int64] = np.abs(_ordered(a) - _ordered(b))
+    return distance
+
+
+def _ordered(values: FloatArray) -> npt.NDArray[np.int64]:
+    bits = np.ascontiguousarray(values).view(np.int32).astype(np.int64)
+    return np.asarray(np.where(bits < 0, -(bits & 0x7FFFFFFF), bits))

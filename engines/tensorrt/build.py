@@ -220,8 +220,9 @@ def _check_finite(graph: GraphCheck, precision: str) -> None:
 def _build_in_child(folder: Path, engine: str, config: ModelConfig, profile: Profile) -> dict[str, Any]:
     """Run `worker` on the folder and return its result."""
     features = len(config.features)
-    shapes = {"dense": [[size, len(config.dense_features)] for size in profile.batch]}
-    shapes["indices"] = [[size] for size in profile.ids]
+    shapes = {"indices": [[size] for size in profile.ids]}
+    if config.dense_features:
+        shapes["dense"] = [[size, len(config.dense_features)] for size in profile.batch]
     if config.pooling_factors is None:
         shapes["offsets"] = [[features * size + 1] for size in profile.batch]
     if config.weighted:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import MODEL, Bundle, PlanRecord
+from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.engines.tensorrt import cuda
 from dlrm_deploy.engines.tensorrt.header import read_header
@@ -155,6 +156,7 @@ class _Execution:
     def __init__(self, module: ModuleType, plan: Path, sidecar: Sidecar, bundle: Bundle) -> None:
         self._log = log_of(module)
         self._sidecar = sidecar
+        self._config = bundle.config
         self._device = cuda.Device()
         try:
             _check_device(self._device.compute_capability, sidecar.compute_capabilities)
@@ -198,13 +200,22 @@ class _Execution:
         if not self._context.execute_async_v3(self._device.stream):
             raise EngineError(f"executing the plan failed: {self._log.errors()}")
         output = next(tensor.name for tensor in self._sidecar.tensors if tensor.role == "output")
-        probabilities = np.empty(len(feed["dense"]), np.float32)
+        probabilities = np.empty(_samples(feed, self._config), np.float32)
         self._device.download(probabilities, self._addresses[output])
         return probabilities
 
     def close(self) -> None:
         del self._context, self._engine, self._runtime
         self._device.close()
+
+
+def _samples(feed: dict[str, npt.NDArray[Any]], config: ModelConfig) -> int:
+    """Number of samples in the inputs of a plan."""
+    if "dense" in feed:
+        return len(feed["dense"])
+    if "offsets" in feed:
+        return (len(feed["offsets"]) - 1) // len(config.features)
+    return len(feed["indices"]) // sum(config.pooling_factors or (1,))
 
 
 def _check_device(capability: str, built: tuple[str, ...]) -> None:

@@ -53,7 +53,9 @@ def plan_feeds(
 def _feed(batch: Batch, config: ModelConfig, ragged: bool) -> dict[str, npt.NDArray[Any]]:
     """The inputs for a batch that was checked and that the plan takes at once."""
     indices = _narrow(batch, config)
-    feed: dict[str, npt.NDArray[Any]] = {"dense": batch.dense, "indices": _never_empty(indices)}
+    feed: dict[str, npt.NDArray[Any]] = {"indices": _never_empty(indices)}
+    if config.dense_features:
+        feed["dense"] = batch.dense
     if ragged:
         feed["offsets"] = batch.offsets.astype(np.int32, copy=False)
     if batch.weights is not None:
@@ -76,6 +78,10 @@ def _check_bags(batch: Batch, config: ModelConfig, max_bag: int) -> None:
 def _narrow(batch: Batch, config: ModelConfig) -> npt.NDArray[np.int32]:
     """Ids as int32 that stand for the same rows under the index policy."""
     ids = batch.indices
+    if ids.size and any(feature.modulo for feature in config.features):  # here, where 64 bits are at hand
+        counts = np.diff(batch.offsets[:: batch.batch_size])
+        moduli = np.repeat(np.array([feature.modulo or 0 for feature in config.features]), counts)
+        ids = np.where(moduli > 0, ids % np.maximum(moduli, 1), ids)
     if config.index_policy != "error" and ids.size and (ids.min() < _INT32.min or ids.max() > _INT32.max):
         if config.index_policy == "modulo":
             counts = np.diff(batch.offsets[:: batch.batch_size])

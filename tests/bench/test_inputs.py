@@ -7,8 +7,9 @@ from bundles import CONFIGS
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bench import inputs
 from dlrm_deploy.bench.inputs import gathered_bytes, rotating_batches, split, touching_batches
-from dlrm_deploy.config import FeatureConfig, ModelConfig, TableConfig
+from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.data.random import random_batch
+from dlrm_deploy.tables import TableConfig
 
 INT64 = np.dtype(np.int64)
 

@@ -6,7 +6,10 @@ from click.testing import CliRunner
 
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.cli.main import cli
+from dlrm_deploy.data.random import RandomDataset
+from dlrm_deploy.engines.registry import ENGINE_NAMES
 from dlrm_deploy.parity import check
+from dlrm_deploy.parity.batch_file import write_batch
 
 
 @pytest.fixture
@@ -17,16 +20,16 @@ def run():
 @pytest.fixture
 def skewed(bundle, monkeypatch):
     """A bundle whose engines, but for torch, are off by 1e-3 in every row."""
-    real = check.open_engine
+    real = check.open_unchecked
 
-    def open_engine(opened, name, **options):
+    def open_unchecked(opened, name, **options):
         engine = real(opened, name, **options)
         if name != "torch":
             predict = engine.predict
             engine.predict = lambda batch: predict(batch) + np.float32(1e-3)
         return engine
 
-    monkeypatch.setattr(check, "open_engine", open_engine)
+    monkeypatch.setattr(check, "open_unchecked", open_unchecked)
     return bundle
 
 
@@ -39,6 +42,8 @@ def test_check_exits_0_prints_every_case_and_records_the_result(run, bundle):
     assert record["passed"] is True
     assert record["max_abs"] <= record["limit"] == 1e-6
     assert record["reference"].startswith("torch")
+    assert record["files"] == bundle.manifest.files_digest("onnxruntime-stock")
+    assert 0 < record["max_ulp"] < 100
 
 
 def test_check_exits_1_and_names_the_worst_row(run, skewed):
@@ -79,11 +84,29 @@ def test_a_bundle_that_cannot_be_written_is_a_warning(run, bundle, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--engine", "caffe"), ("--atol", "-1"), ("--atol", "inf"), ("--atol", "nan"), ("--seed", "x")]
+    ("arguments", "message"),
+    [
+        (("--engine", "caffe"), "'caffe' is not one of"),
+        (("--atol", "-1"), "-1"),
+        (("--atol", "inf"), "inf is no limit"),
+        (("--atol", "nan"), "nan is no limit"),
+        (("--seed", "x"), "'x'"),
+        (("--batch", "1,many"), "'1,many' is not a list of whole numbers"),
+        (("--batch", "-1"), "at least 0 samples, got -1"),
+        (("--data", "missing.npz"), "missing.npz"),
+        (("--max-auc-drop", "0.1"), "--max-auc-drop goes with --data or --recipe"),
+        (("--resamples", "10"), "--resamples goes with --data or --recipe"),
+        (("--data", "FILE", "--recipe", "FILE"), "either --data or --recipe"),
+        (("--batch-file", "FILE", "--recipe", "FILE"), "leave --recipe out"),
+        (("--batch-file", "FILE", "--batch", "3"), "leave --batch out"),
+        (("--data", "FILE", "--max-auc-drop", "nan"), "nan is no limit"),
+    ],
 )
-def test_wrong_usage_exits_2(run, bundle, arguments):
+def test_wrong_usage_exits_2(run, bundle, arguments, message):
     before = (bundle.path / "manifest.json").read_bytes()
-    assert run(bundle.path, *arguments).exit_code == 2
+    result = run(bundle.path, *(bundle.path / "golden.npz" if word == "FILE" else word for word in arguments))
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
     assert (bundle.path / "manifest.json").read_bytes() == before
 
 
@@ -109,32 +132,32 @@ def test_a_plan_engine_without_a_plan_exits_3_and_says_how_to_build_one(run, bun
 
 
 def test_a_problem_other_than_numbers_is_printed_below_the_table(run, bundle, monkeypatch):
-    real = check.open_engine
+    real = check.open_unchecked
 
-    def open_engine(opened, name, **options):
+    def open_unchecked(opened, name, **options):
         engine = real(opened, name, **options)
         if name != "torch":
             predict = engine.predict
             engine.predict = lambda batch: predict(batch) if batch.batch_size != 2 else 1 / 0
         return engine
 
-    monkeypatch.setattr(check, "open_engine", open_engine)
+    monkeypatch.setattr(check, "open_unchecked", open_unchecked)
     result = run(bundle.path, "--engine", "onnxruntime-stock")
     assert result.exit_code == 1
     assert "2 random samples: division by zero" in result.stdout
 
 
 def test_nan_is_counted_below_the_table(run, bundle, monkeypatch):
-    real = check.open_engine
+    real = check.open_unchecked
 
-    def open_engine(opened, name, **options):
+    def open_unchecked(opened, name, **options):
         engine = real(opened, name, **options)
         if name != "torch":
             predict = engine.predict
             engine.predict = lambda batch: predict(batch) * np.float32(np.nan)
         return engine
 
-    monkeypatch.setattr(check, "open_engine", open_engine)
+    monkeypatch.setattr(check, "open_unchecked", open_unchecked)
     result = run(bundle.path, "--engine", "onnxruntime-stock")
     assert result.exit_code == 1
     assert "37 random samples: 37 of 37 values are NaN or infinite." in result.stdout
@@ -145,3 +168,115 @@ def test_without_torch_the_output_says_that_only_the_golden_batch_was_compared(r
     result = run(bundle.path, "--engine", "onnxruntime-stock")
     assert result.exit_code == 0
     assert "Only the golden batch was compared" in result.stdout
+
+
+def test_batch_sizes_can_be_chosen(run, bundle):
+    result = run(bundle.path, "--engine", "onnxruntime-stock", "--batch", "3,5,3", "--json")
+    names = [case["case"] for case in json.loads(result.stdout)["cases"]]
+    assert [name for name in names if name.endswith("random samples")] == ["3 random samples", "5 random samples"]
+
+
+def test_all_engines_are_checked_and_those_that_cannot_run_are_listed_with_the_reason(run, bundle):
+    result = run(bundle.path, "--engine", "all", "--batch", "2", "--json")
+    assert result.exit_code == 0, result.output
+    facts = {line["engine"]: line for line in map(json.loads, result.stdout.splitlines())}
+    assert list(facts) == [name for name in ENGINE_NAMES if name != "torch"]
+    assert facts["onnxruntime"]["passed"] is facts["onnxruntime-stock"]["passed"] is True
+    absent = {name: line for name, line in facts.items() if not line["compared"]}
+    assert set(absent) == {"tensorrt-rtx", "tensorrt"}
+    assert all(line["reason"] for line in absent.values())
+    assert set(Bundle.open(bundle.path).manifest.parity) == {"onnxruntime", "onnxruntime-stock"}
+
+
+def test_engines_that_cannot_run_do_not_hide_a_failure(run, skewed):
+    result = run(skewed.path, "--engine", "tensorrt", "--engine", "onnxruntime-stock", "--batch", "2")
+    assert result.exit_code == 1
+    assert "FAILED  probability" in result.stdout
+    assert "tensorrt was not compared: " in result.stdout
+
+
+def test_nothing_that_could_be_compared_exits_3_with_every_reason(run, bundle):
+    result = run(bundle.path, "--engine", "tensorrt", "--engine", "tensorrt-rtx")
+    assert result.exit_code == 3
+    for name in ("tensorrt", "tensorrt-rtx"):
+        assert f"{name} was not compared: " in result.stderr
+    assert Bundle.open(bundle.path).manifest.parity == {}
+
+
+def test_the_reference_is_checked_where_it_is_named(run, bundle):
+    result = run(bundle.path, "--engine", "torch", "--engine", "torch", "--batch", "2", "--json")
+    assert [json.loads(line)["max_abs"] for line in result.stdout.splitlines()] == [0.0]
+
+
+@pytest.fixture
+def data(bundle, tmp_path):
+    batch, labels = RandomDataset(bundle.config, 200, 3).batch(np.arange(200))
+    np.savez(tmp_path / "data.npz", dense=batch.dense, indices=batch.indices, offsets=batch.offsets, labels=labels)
+    return tmp_path / "data.npz"
+
+
+LABELLED = ("--engine", "onnxruntime-stock", "--batch", "2", "--resamples", "20")
+
+
+def test_labelled_data_is_compared_shown_and_recorded(run, bundle, data):
+    result = run(bundle.path, "--data", data, *LABELLED)
+    assert result.exit_code == 0, result.output
+    for text in ("data.npz: 200 samples", "AUC", "log loss", "calibration", "PASSED  AUC: drop "):
+        assert text in result.stdout
+    record = Bundle.open(bundle.path).manifest.parity["onnxruntime-stock"]["labelled"]
+    assert set(record["engine"]) == set(record["reference"]) == {"auc", "log_loss", "calibration"}
+    assert record["auc_drop"]["low"] <= record["auc_drop"]["value"] <= record["auc_drop"]["high"]
+    assert (record["samples"], record["resamples"], record["max_auc_drop"]) == (200, 20, 1e-4)
+
+
+def test_a_drop_in_auc_above_the_limit_exits_1(run, bundle, data, monkeypatch):
+    real = check.open_unchecked
+
+    def open_unchecked(opened, name, **options):
+        engine = real(opened, name, **options)
+        predict = engine.predict
+        if name != "torch":
+            engine.predict = lambda batch: np.roll(predict(batch), 1) if batch.batch_size == 200 else predict(batch)
+        return engine
+
+    monkeypatch.setattr(check, "open_unchecked", open_unchecked)
+    found = json.loads(run(bundle.path, "--data", data, *LABELLED, "--atol", "1", "--json", "--no-record").stdout)
+    drop = found["labelled"]["auc_drop"]["value"]
+    for limit, passed in ((abs(drop) + 1e-3, True), (0.0, drop <= 0)):
+        result = run(bundle.path, "--data", data, *LABELLED, "--atol", "1", "--max-auc-drop", limit)
+        assert result.exit_code == (0 if passed else 1)
+        assert Bundle.open(bundle.path).manifest.parity["onnxruntime-stock"]["passed"] is passed
+
+
+def test_the_test_split_of_a_recipe_is_labelled_data(run, bundle, tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(bundle.config.to_dict()))
+    recipe = tmp_path / "recipe.toml"
+    text = '[model]\nfile = "model.json"\n[data]\nkind = "random"\nsize = 900\n[train]\nbatch_size = 9\nsteps = 1\n'
+    recipe.write_text(text)
+    result = run(bundle.path, "--recipe", recipe, *LABELLED, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["labelled"]
+    assert (found["samples"], found["source"]) == (90, f"test split of {recipe}")
+    other = tmp_path / "kaggle.toml"
+    other.write_text(text.replace('file = "model.json"', 'preset = "kaggle"\nscale_rows = 1e-5'))
+    result = run(bundle.path, "--recipe", other, *LABELLED)
+    assert result.exit_code == 3
+    assert "Give the recipe that this bundle's model was trained with" in result.stderr
+
+
+def test_a_saved_batch_is_compared_alone_and_not_recorded(run, skewed, tmp_path):
+    write_batch(tmp_path / "one.npz", skewed.golden().batch.rows(0, 3))
+    result = run(skewed.path, "--engine", "onnxruntime-stock", "--batch-file", tmp_path / "one.npz", "--json")
+    assert result.exit_code == 1
+    (case,) = json.loads(result.stdout)["cases"]
+    assert (case["case"], case["rows"], case["passed"]) == ("the batch given", 3, False)
+    assert Bundle.open(skewed.path).manifest.parity == {}
+
+
+def test_data_that_cannot_be_read_exits_3_before_anything_is_scored(run, bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "open_unchecked", lambda *args, **options: pytest.fail("opened an engine"))
+    (tmp_path / "d.npz").write_text("nothing")
+    for option in ("--data", "--batch-file"):
+        result = run(bundle.path, option, tmp_path / "d.npz")
+        assert result.exit_code == 3
+        assert "cannot read" in result.stderr

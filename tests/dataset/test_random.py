@@ -3,9 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dlrm_deploy.config import FeatureConfig, ModelConfig, TableConfig
+from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.data.random import DISTRIBUTIONS, RandomDataset, load, random_batch
 from dlrm_deploy.errors import DataError
+from dlrm_deploy.tables import TableConfig
 
 
 def model(rows: int = 1000, **options) -> ModelConfig:

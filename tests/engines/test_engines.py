@@ -18,6 +18,9 @@ from dlrm_deploy.errors import BatchError, BundleError, DlrmDeployError, EngineE
 
 CPU_ENGINES = ["torch", "onnxruntime-stock", "onnxruntime"]
 
+# Bundles of tests were never checked; tests/parity/test_gate.py is about that.
+pytestmark = pytest.mark.filterwarnings("ignore::dlrm_deploy.errors.ParityWarning")
+
 
 def batch_for(bundle, size, seed=0):
     return random_batch(bundle.config, size, np.random.default_rng(seed))

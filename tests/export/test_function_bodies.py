@@ -7,8 +7,9 @@ import pytest
 from awkward import BagCase, awkward_bags, csr_case, fixed_case, out_of_range_bags
 from onnx import TensorProto, helper
 
-from dlrm_deploy.export.function_bodies import BagAttributes, dot_interaction_function, embedding_bag_function
+from dlrm_deploy.export.function_bodies import dot_interaction_function, embedding_bag_function
 from dlrm_deploy.export.nodes import DOMAIN
+from dlrm_deploy.ops.contract import BagAttributes
 from dlrm_deploy.ops.reference import dot_interaction
 
 

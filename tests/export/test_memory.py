@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from dlrm_deploy.checkpoint import save_checkpoint
-from dlrm_deploy.config import ModelConfig, TableConfig
+from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.model.dlrm import DLRM
+from dlrm_deploy.tables import TableConfig
 
 ROWS, WIDTH = 4_000_000, 16
 TABLE_BYTES = ROWS * WIDTH * 4  # 256 MB, one group

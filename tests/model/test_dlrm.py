@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from dlrm_deploy.batch import Batch
-from dlrm_deploy.config import FeatureConfig, ModelConfig, TableConfig
+from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.errors import BatchError, ConfigError
 from dlrm_deploy.model.dlrm import DLRM
 from dlrm_deploy.model.keys import dense_shapes, table_key
 from dlrm_deploy.ops import reference
+from dlrm_deploy.tables import TableConfig
 
 DOT = ModelConfig(
     name="tiny",

@@ -10,8 +10,10 @@ import pytest
 import torch
 from awkward import csr_case
 
+from dlrm_deploy.config import FeatureConfig, ModelConfig, TableConfig
 from dlrm_deploy.errors import BatchError
 from dlrm_deploy.ops import reference, torch_ops
+from dlrm_deploy.ops.contract import BagAttributes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engines" / "native"))
 from native_calls import Native, NativeError
@@ -24,9 +26,8 @@ def ids(*values, dtype=np.int64):
 def torch_bags(weights, indices, offsets, *, per_sample_weights=None, pooling_factors=None, **attributes):
     arrays = (weights, indices, offsets, per_sample_weights)
     tensors = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays]
-    names = ("num_features", "features", "row_starts", "rows", "mean")
-    values = [attributes[name] for name in names]
-    torch_ops.table_batched_embedding_bag(*tensors, *values, pooling_factors, attributes["index_policy"])
+    node = BagAttributes(pooling_factors=pooling_factors, **attributes)
+    torch_ops.table_batched_embedding_bag(*tensors, *node.schema_values())
 
 
 def torch_interaction(dense, embeddings):
@@ -35,6 +36,7 @@ def torch_interaction(dense, embeddings):
 
 BAGS = {"reference": reference.table_batched_embedding_bag, "torch": torch_bags}
 INTERACTIONS = {"reference": reference.dot_interaction, "torch": torch_interaction}
+TENSORS = ("weights", "indices", "offsets")
 VALID = {
     "weights": np.ones((6, 2), np.float32),
     "indices": ids(0, 1),
@@ -74,10 +76,18 @@ VALID = {
         ({"rows": [4, 3]}, "slot 1: rows 4 to 7 are not within the 6 rows"),
         ({"row_starts": [-1, 4]}, "slot 0: rows -1 to 3 are not within the 6 rows"),
         ({"rows": [0, 2]}, "slot 0: rows 0 to 0"),
-        ({"mean": [0]}, "need one value per slot, and at least one slot, got 2, 2, 2 and 1"),
-        ({name: [] for name in ("features", "row_starts", "rows", "mean")}, "at least one slot, got 0, 0, 0 and 0"),
-        ({"mean": [0, 2]}, "slot 1: mean must be 0 or 1, got 2"),
-        ({"mean": [-1, 0]}, "slot 0: mean must be 0 or 1, got -1"),
+        ({"mean": [0]}, "mean has 1 values, expected one per slot: 2"),
+        ({"rows": [4]}, "rows has 1 values, expected one per slot: 2"),
+        ({"ids": [4]}, "ids has 1 values, expected one per slot: 2"),
+        ({"divisions": [0, 0, 0]}, "divisions has 3 values, expected one per slot: 2"),
+        ({name: [] for name in ("features", "row_starts", "rows", "mean")}, "features is empty, at least one slot"),
+        ({"mean": [0, 2]}, "slot 1: mean must be in [0, 1], got 2"),
+        ({"mean": [-1, 0]}, "slot 0: mean must be in [0, 1], got -1"),
+        ({"ids": [4, 0]}, "slot 1: ids must be in [1, 4611686018427387904], got 0"),
+        ({"ids": [2**62 + 1, 2]}, "slot 0: ids must be in [1, 4611686018427387904], got 4611686018427387905"),
+        ({"moduli": [0, -1]}, "slot 1: moduli must be in [0, 9223372036854775807], got -1"),
+        ({"divisors": [0, 1]}, "slot 0: divisors must be in [1, 9223372036854775807], got 0"),
+        ({"divisions": [0, 3]}, "slot 1: divisions must be in [0, 2], got 3"),
         ({"num_features": 0}, "num_features must be at least 1"),
         ({"index_policy": "wrap"}, "index_policy must be one of error, clamp, modulo, zero, got 'wrap'"),
         ({"per_sample_weights": np.ones(3, np.float32)}, "per_sample_weights has 3 values for 2 ids"),
@@ -102,6 +112,18 @@ def test_bags_outside_the_contract_are_refused_with_the_same_words(form, changes
         {"row_starts": (-1, 4)},
         {"mean": (0, 2)},
         {"mean": (-1, 0)},
+        {"mean": (0,)},
+        {"ids": (4, 0)},
+        {"ids": (2**62 + 1, 2)},
+        {"ids": (4,)},
+        {"moduli": (0, -1)},
+        {"moduli": (0, 0, 0)},
+        {"divisors": (0, 1)},
+        {"divisors": (-2, 1)},
+        {"divisors": (1,)},
+        {"divisions": (0, 3)},
+        {"divisions": (-1, 0)},
+        {"divisions": (1,)},
         {"index_policy": "wrap"},
         {"pooling_factors": (1, 1)},
     ],
@@ -118,6 +140,50 @@ def test_what_one_form_refuses_every_form_refuses(changes):
     native.embedding_bag(case, "scalar")
     with pytest.raises(NativeError):
         native.embedding_bag(changed, "scalar")
+
+
+def model(**options):
+    tables = (
+        TableConfig(name="user", rows=60, width=4, partition="quotient-remainder", part_rows=(3, 4, 5)),
+        TableConfig(name="item", rows=7, width=4),
+    )
+    features = (
+        FeatureConfig(name="item", table="item", modulo=7),
+        FeatureConfig(name="user", table="user", pooling="mean"),
+        FeatureConfig(name="friend", table="user"),
+    )
+    config = {"dense_features": ("age",), "bottom_mlp": (4,), "top_mlp": (1,), "index_policy": "zero"}
+    return ModelConfig(name="m", tables=tables, features=features, **(config | options))
+
+
+def test_attributes_of_a_model_are_those_of_its_parts_in_slot_order():
+    (group,) = model().groups
+    a = BagAttributes.of(model(), group)
+    assert a.num_features == 3
+    assert a.features == (0, 1, 2, 1, 2, 1, 2)
+    assert a.row_starts == (12, 0, 0, 3, 3, 7, 7)
+    assert a.rows == (7, 3, 3, 4, 4, 5, 5)
+    assert a.ids == (7, *[60] * 6)
+    assert a.moduli == (7, *[0] * 6)
+    assert a.divisors == (1, 20, 20, 5, 5, 1, 1)
+    assert a.divisions == (0,) * 7
+    assert a.mean == (0, 1, 0, 1, 0, 1, 0)
+    assert (a.pooling_factors, a.index_policy, a.feature_names) == (None, "zero", ("item", "user", "friend"))
+    one = BagAttributes.of_ids(model(), 0, group.parts[3], 12)
+    assert (one.num_features, one.features, one.rows, one.moduli, one.pooling_factors) == (1, (0,), (7,), (7,), (1,))
+
+
+def test_attributes_at_their_default_do_not_stand_on_the_node():
+    plain = {name: tuple(v) if isinstance(v, list) else v for name, v in VALID.items() if name not in TENSORS}
+    a = BagAttributes(pooling_factors=None, **plain)
+    assert a.plain
+    assert a.node_attributes() == plain
+    assert a.inputs() == ["weights", "indices", "offsets"]
+    optional = {"ids": (9, 2), "moduli": (0, 5), "divisors": (1, 3), "divisions": (2, 0), "pooling_factors": (1, 2)}
+    for name, value in optional.items():
+        changed = dataclasses.replace(a, **{name: value})
+        assert changed.node_attributes() == plain | {name: value}
+        assert changed.plain == (name == "pooling_factors")
 
 
 def test_what_is_no_array_is_refused():

@@ -115,6 +115,88 @@ def test_ids_of_features_that_no_slot_pools_are_not_looked_at():
     np.testing.assert_array_equal(pooled, [[WEIGHTS[5]]])
 
 
+def rows_read(values, *, rows, policy="error", dtype=np.int64, **slot):
+    """The row that each id reads, of one slot; -1 where a row of zeros is read."""
+    table = np.arange(1, rows + 1, dtype=np.float32)[:, None]
+    attributes = {name: [value] for name, value in slot.items()}
+    pooled = table_batched_embedding_bag(
+        table, ids(*values, dtype=dtype), None,
+        num_features=1, features=[0], row_starts=[0], rows=[rows], mean=[0], pooling_factors=[1],
+        index_policy=policy, **attributes,
+    )  # fmt: skip
+    return (pooled[:, 0, 0].astype(int) - 1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_digits_of_an_id_choose_the_rows_of_its_parts(dtype):
+    values = range(60)
+    digits = [rows_read(values, rows=rows, ids=60, divisors=d, dtype=dtype) for rows, d in ((3, 20), (4, 5), (5, 1))]
+    assert [20 * a + 5 * b + c for a, b, c in zip(*digits, strict=True)] == list(values)
+
+
+def test_chinese_remainders_tell_all_ids_apart():
+    a, b = (rows_read(range(12), rows=rows, ids=12) for rows in (3, 4))
+    assert a == [i % 3 for i in range(12)]
+    assert len(set(zip(a, b, strict=True))) == 12
+
+
+def test_hashed_ids_share_rows():
+    assert rows_read([0, 6, 7, 2**62 - 1], rows=7, ids=2**62) == [0, 6, 0, (2**62 - 1) % 7]
+
+
+def test_exact_quotients_are_those_of_whole_numbers_of_any_size():
+    divisor, rows = 2**57 + 3, 11
+    values = [0, 1, 2**53 + 1, divisor - 1, divisor, 3 * divisor - 1, 3 * divisor, 2**62 - 1]
+    expected = [value // divisor % rows for value in values]
+    assert rows_read(values, rows=rows, ids=2**62, divisors=divisor) == expected
+
+
+def test_float32_quotients_round_the_id_and_the_division():
+    # 2^25 - 1 rounds to 2^25. 49 times the float32 next to 1 / 49 rounds to the number below 1.
+    assert rows_read([2**25 - 1], rows=4, ids=2**26, divisors=2**24, divisions=0) == [1]
+    assert rows_read([2**25 - 1], rows=4, ids=2**26, divisors=2**24, divisions=1) == [2]
+    assert rows_read([48, 49, 50], rows=4, ids=196, divisors=49, divisions=1) == [0, 1, 1]
+    assert rows_read([48, 49, 50], rows=4, ids=196, divisors=49, divisions=2) == [0, 0, 1]
+
+
+def test_a_float32_quotient_beyond_the_rows_reads_the_last_row():
+    for division in (1, 2):
+        assert rows_read([7, 8, 9, 2**62 - 1], rows=3, ids=2**62, divisors=3, divisions=division) == [2, 2, 2, 2]
+
+
+def test_a_divisor_is_rounded_to_float32_once():
+    divisor = 2**60 + 2**36 + 1  # just above the middle of two float32 numbers, and on it when rounded to float64
+    assert rows_read([2**60, divisor], rows=3, ids=2**61, divisors=divisor, divisions=1) == [0, 1]
+
+
+def test_a_modulus_makes_every_id_valid_and_comes_before_the_quotient():
+    values = [-1, -7, 6, 7, 12, 2**63 - 1, -(2**63)]
+    assert rows_read(values, rows=7, moduli=7) == [value % 7 for value in values]
+    assert rows_read(values, rows=3, ids=7, moduli=7, divisors=3) == [value % 7 // 3 for value in values]
+
+
+def test_policies_look_at_ids_not_at_rows():
+    slot = {"rows": 3, "ids": 9, "divisors": 3}
+    assert rows_read([-1, 9, 8, -10], policy="clamp", **slot) == [0, 2, 2, 0]
+    assert rows_read([-1, 9, 8, -10], policy="modulo", **slot) == [2, 0, 2, 2]
+    assert rows_read([-1, 9, 8, -10], policy="zero", **slot) == [-1, -1, 2, -1]
+    with pytest.raises(BatchError, match=r"id 9 is outside \[0, 9\)"):
+        rows_read([8, 9], **slot)
+
+
+def test_the_error_names_the_id_as_it_was_given_and_the_slot_with_the_fewest_ids():
+    slots = {"features": [0, 0, 0], "row_starts": [0, 0, 0], "rows": [2, 2, 2], "mean": [0, 0, 0]}
+    given, factors = ids(1, 25), [1]
+    with pytest.raises(BatchError, match=r"sample 1, position 0 of its bag: id 25 is outside \[0, 6\)"):
+        table_batched_embedding_bag(
+            WEIGHTS, given, None, num_features=1, **slots, pooling_factors=factors, ids=[8, 6, 4], moduli=[0, 0, 3]
+        )
+    with pytest.raises(BatchError, match=r"sample 1, position 0 of its bag: id 25 is outside \[0, 4\)"):
+        table_batched_embedding_bag(
+            WEIGHTS, given, None, num_features=1, **slots, pooling_factors=factors, ids=[8, 6, 4], moduli=[0, 0, 20]
+        )
+
+
 @pytest.mark.parametrize("self_interaction", [False, True])
 def test_products_follow_the_lower_triangle_row_by_row(self_interaction):
     dense = np.array([[1, 2]], np.float32)

@@ -38,9 +38,15 @@ def make(bags, policy="error", dtype=np.int64, width=3, weighted=False):
     return weights, indices, offsets, rng.normal(size=indices.size).astype(np.float32) if weighted else None
 
 
+def node(slots, mean, policy, factors=None):
+    """The attributes of a call, in the order of the schema."""
+    attributes = BagAttributes(num_features=3, **slots, mean=mean, pooling_factors=factors, index_policy=policy)
+    return attributes.schema_values()
+
+
 def run(weights, indices, offsets, per_sample, slots, mean, policy, factors=None):
     tensors = [None if a is None else torch.from_numpy(a) for a in (weights, indices, offsets, per_sample)]
-    return bag_op(*tensors, 3, slots["features"], slots["row_starts"], slots["rows"], mean, factors, policy).numpy()
+    return bag_op(*tensors, *node(slots, mean, policy, factors)).numpy()
 
 
 @pytest.mark.parametrize("policy", ["error", "clamp", "modulo", "zero"])
@@ -79,6 +85,32 @@ def test_fixed_form_matches_the_reference(factors, batch_size):
     )
     actual = run(weights, indices, None, None, slots, [0, 1, 0], "error", factors)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("policy", ["error", "clamp", "modulo", "zero"])
+def test_computed_rows_are_the_reference_s(policy):
+    for case in computed_bags(policy):
+        arrays = (case.weights, case.indices, case.offsets, case.per_sample_weights)
+        attributes = BagAttributes(**{"pooling_factors": None, **case.attributes})
+        tensors = [None if a is None else torch.from_numpy(a) for a in arrays]
+        actual = bag_op(*tensors, *attributes.schema_values()).numpy()
+        # At most 3 terms of size 5, in any order: 3 * 2**-24 * 15 = 2.7e-6.
+        np.testing.assert_allclose(actual, case.expected(), rtol=0, atol=3e-6, err_msg=case.name)
+
+
+@pytest.mark.parametrize("divisor", [2, 3, 4, 7, 49, 60, 1000])
+def test_division_1_is_what_pytorch_computes(divisor):
+    rng = np.random.default_rng(divisor)
+    k = rng.integers(0, 2**31 // divisor, 20_000)
+    ids = np.unique(np.concatenate([k * divisor, k * divisor + 1, (k + 1) * divisor - 1, [2**24 + 1, 2**31 - 1]]))
+    quotients = (torch.from_numpy(ids) / divisor).long().numpy()
+    values, rows = np.unique(quotients, return_inverse=True)
+    assert len(values) > 10_000
+    for dtype in (np.int32, np.int64):
+        # A table of as many rows as there are quotients does not fit: rows are read from a window around each.
+        for first in range(0, len(ids), len(ids) // 4):
+            read = quotients_read(ids[first : first + 50].astype(dtype), divisor, values[rows[first]], 200)
+            np.testing.assert_array_equal(read, quotients[first : first + 50])
 
 
 def test_error_policy_names_the_first_bad_id_like_the_reference():
@@ -122,13 +154,13 @@ class DenseGradient(torch.autograd.Function):
 def test_gradients_match_finite_differences(slots, policy, pooling):
     weights, indices, offsets, per_sample = make("uneven", policy, width=2, weighted=pooling == "weighted")
     slot = SLOTS[slots]
-    attributes = [slot["features"], slot["row_starts"], slot["rows"], [1, 0, 1] if pooling == "mixed" else [0, 0, 0]]
+    attributes = node(slot, [1, 0, 1] if pooling == "mixed" else [0, 0, 0], policy)
     ids = torch.from_numpy(indices), torch.from_numpy(offsets)
     weights = torch.from_numpy(weights).requires_grad_()
     per_sample = None if per_sample is None else torch.from_numpy(per_sample).requires_grad_()
 
     def pool(weights, per_sample=None):
-        return bag_op(DenseGradient.apply(weights), *ids, per_sample, 3, *attributes, None, policy)
+        return bag_op(DenseGradient.apply(weights), *ids, per_sample, *attributes)
 
     inputs = (weights,) if per_sample is None else (weights, per_sample)
     assert torch.autograd.gradcheck(pool, inputs, **FLOAT32)
@@ -138,7 +170,7 @@ def test_weights_receive_one_sparse_row_per_id_that_was_read():
     weights = torch.zeros(12, 2, requires_grad=True)
     ids = torch.tensor([4, 4, 30, 2]), torch.tensor([0, 2, 3, 4])
     slot = SLOTS["in_order"]
-    bag_op(weights, *ids, None, 3, *slot.values(), [1, 0, 0], None, "zero").sum().backward()
+    bag_op(weights, *ids, None, *node(slot, [1, 0, 0], "zero")).sum().backward()
     assert weights.grad.is_sparse
     assert not weights.grad.is_coalesced()
     assert weights.grad._indices().tolist() == [[4, 4, 2]]  # id 30 was dropped; slot 2 reads table a again
@@ -173,7 +205,7 @@ def test_ops_pass_the_checks_of_torch_library():
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         bag_op,
-        (weights.requires_grad_(), indices, offsets, per_sample, 3, *slot.values(), [0] * 3, None, "clamp"),
+        (weights.requires_grad_(), indices, offsets, per_sample, *node(slot, [0] * 3, "clamp")),
         test_utils=checks,
     )
     dense, embeddings = torch.ones(2, 3, requires_grad=True), torch.ones(2, 4, 3)
@@ -182,6 +214,7 @@ def test_ops_pass_the_checks_of_torch_library():
 
 def test_plain_functions_and_custom_ops_are_one_implementation():
     weights, indices, offsets, _ = (a if a is None else torch.from_numpy(a) for a in make("uneven"))
-    attributes = BagAttributes(3, **SLOTS["in_order"], mean=[0] * 3, pooling_factors=None, index_policy="error")
+    slots = SLOTS["in_order"]
+    attributes = BagAttributes(num_features=3, **slots, mean=[0] * 3, pooling_factors=None, index_policy="error")
     pooled = torch_ops.pool_bags(weights, indices, offsets, None, attributes)
-    assert torch.equal(pooled, bag_op(weights, indices, offsets, None, *attributes))
+    assert torch.equal(pooled, bag_op(weights, indices, offsets, None, *attributes.schema_values()))

@@ -2,14 +2,16 @@ import json
 
 import numpy as np
 import pytest
-from bundles import make_bundle
+from bundles import CONFIGS, make_bundle
 
-from dlrm_deploy.config import INDEX_POLICIES
+from dlrm_deploy.config import INDEX_POLICIES, PRECISIONS
+from dlrm_deploy.data.random import RandomDataset
 from dlrm_deploy.engines.torch_eager import TorchEngine
-from dlrm_deploy.errors import BatchError, EngineError
+from dlrm_deploy.errors import BatchError, EngineError, MissingDependencyError
 from dlrm_deploy.model.rounding import LEAST_LIMIT
 from dlrm_deploy.parity import check
-from dlrm_deploy.parity.check import check_parity
+from dlrm_deploy.parity.check import check_parity, precision_limit
+from dlrm_deploy.parity.labelled import LabelledSamples
 
 
 class Faulty(TorchEngine):
@@ -28,13 +30,13 @@ class Faulty(TorchEngine):
 @pytest.fixture
 def faulty(monkeypatch):
     """A function that puts a fault into engine `onnxruntime`."""
-    real = check.open_engine
+    real = check.open_unchecked
 
     def install(fault):
-        def open_engine(bundle, name, **options):
+        def open_unchecked(bundle, name, **options):
             return Faulty(bundle, 1, fault) if name == "onnxruntime" else real(bundle, name, **options)
 
-        monkeypatch.setattr(check, "open_engine", open_engine)
+        monkeypatch.setattr(check, "open_unchecked", open_unchecked)
 
     return install
 
@@ -50,12 +52,13 @@ def test_stock_onnxruntime_passes_every_case_of_every_model(any_bundle):
     assert report.max_abs <= report.limit == LEAST_LIMIT
     names = [case.name for case in report.cases]
     assert [name for name in names if name.endswith("random samples")] == [
-        f"{size} random samples" for size in (0, 1, 2, 37, 2048)
+        f"{size} random samples" for size in (0, 1, 2, 37, 2048, 8192)
     ]
     assert {"golden batch", "ids out of range: refused", "64-bit ids", "32-bit ids", "longest bags"} <= set(names)
     assert ("all bags empty" in names) == (any_bundle.config.pooling_factors is None)
     assert report.rows == sum(case.output.rows for case in report.cases if case.output)
     assert report.reference.startswith("torch ")
+    assert 0 < report.mean_ulp <= report.max_ulp < 100
 
 
 @pytest.mark.parametrize("policy", INDEX_POLICIES)
@@ -85,6 +88,10 @@ def test_a_fault_in_long_bags_is_found_where_it_is(bundle, faulty):
     assert set(failed(report)) == {"longest bags", "one id repeated", "first and last rows"}
     assert not report.passed
     assert report.worst.output.worst_row == 2
+    assert report.max_ulp > 1000
+    assert {case.name for case in report.cases if case.batch is not None} == set(failed(report))
+    kept = report.worst.batch
+    assert fault(TorchEngine(bundle, 1).predict, kept)[2] != TorchEngine(bundle, 1).predict(kept)[2]
     assert report.max_abs == pytest.approx(1e-4, rel=1e-2)
     assert report.summary().startswith("FAILED  probability: max abs error 1.0")
     assert "at row 2 (limit 1.0e-06" in report.summary()
@@ -117,6 +124,7 @@ def test_an_error_in_one_case_hides_no_other(bundle, faulty):
     assert failed(report) == ["37 random samples", "64-bit ids", "32-bit ids"]
     assert report.cases[5].problem == "a crash inside the library"
     assert report.worst.name == "37 random samples"
+    assert report.worst.batch.batch_size == 37
     assert report.record()["failed_cases"] == failed(report)
 
 
@@ -155,6 +163,8 @@ def test_an_engine_that_cannot_execute_is_an_error_not_a_failure(bundle, faulty)
     faulty(fault)
     with pytest.raises(EngineError, match="needs a GPU"):
         check_parity(bundle, "onnxruntime")
+    with pytest.raises(EngineError, match="needs a GPU"):
+        check_parity(bundle, "onnxruntime", batch=bundle.golden().batch)
 
 
 def test_without_torch_the_golden_batch_is_compared_and_the_report_says_so(bundle, monkeypatch):
@@ -177,3 +187,59 @@ def test_another_seed_gives_other_batches_and_the_same_seed_the_same_figures(bun
 
 def test_the_limit_can_be_given(bundle):
     assert check_parity(bundle, "onnxruntime-stock", sizes=(1,), atol=0.5, threads=1).limit == 0.5
+
+
+def test_every_precision_has_a_limit_that_grows_with_its_rounding_unit(bundle):
+    limits = [precision_limit(bundle.config, precision) for precision in PRECISIONS]
+    assert limits == [LEAST_LIMIT, LEAST_LIMIT * 2**13, LEAST_LIMIT * 2**16]
+
+
+def test_a_batch_given_is_the_only_one_compared(bundle, faulty):
+    faulty(lambda predict, batch: predict(batch) + np.float32(1e-3))
+    batch = bundle.golden().batch.rows(0, 3)
+    report = check_parity(bundle, "onnxruntime", batch=batch)
+    assert [(case.name, case.output.rows, case.passed) for case in report.cases] == [("the batch given", 3, False)]
+    assert report.worst.batch is batch
+
+
+def test_a_batch_given_that_breaks_the_engine_fails_and_one_with_bad_ids_is_to_be_refused(bundle, faulty):
+    def fault(predict, batch):
+        if batch.batch_size == 3:
+            raise EngineError("a crash inside the library")
+        return predict(batch)
+
+    faulty(fault)
+    report = check_parity(bundle, "onnxruntime", batch=bundle.golden().batch.rows(0, 3))
+    assert (report.passed, report.cases[0].problem) == (False, "a crash inside the library")
+    bad = bundle.golden().batch.rows(0, 4)
+    bad.indices[0] = -1
+    assert check_parity(bundle, "onnxruntime", batch=bad).passed
+
+
+def test_a_batch_for_another_model_and_one_without_a_reference_are_errors(bundle, monkeypatch):
+    other = RandomDataset(CONFIGS["weighted"], 2, 0).batch([0, 1])[0]
+    with pytest.raises(BatchError, match="takes no per-sample weights"):
+        check_parity(bundle, "onnxruntime-stock", batch=other)
+    monkeypatch.setattr(check, "missing_package", lambda name: f"no {name}")
+    with pytest.raises(MissingDependencyError, match="no torch"):
+        check_parity(bundle, "onnxruntime-stock", batch=bundle.golden().batch)
+
+
+def test_labelled_samples_are_a_case_and_their_verdict_is_part_of_the_reports(bundle, faulty):
+    config = bundle.config
+    samples = LabelledSamples.of(RandomDataset(config, 400, 1), "random data", config, config)
+
+    def reversed_where_real(predict, batch):
+        result = predict(batch)
+        return np.float32(1) - result if batch.batch_size == 400 else result
+
+    faulty(reversed_where_real)
+    report = check_parity(bundle, "onnxruntime", sizes=(2,), labelled=samples, atol=1.0, resamples=20)
+    labelled = report.labelled
+    assert failed(report) == []
+    assert labelled.engine.auc == pytest.approx(1 - labelled.reference.auc)
+    assert report.passed is labelled.passed is (labelled.auc_drop.value <= labelled.max_auc_drop)
+    strict = check_parity(bundle, "onnxruntime", sizes=(2,), labelled=samples, resamples=20)
+    assert failed(strict) == ["labelled samples"]
+    assert strict.worst.batch.batch_size == 400
+    assert json.loads(json.dumps(strict.record(), allow_nan=False))["labelled"]["samples"] == 400

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dlrm_deploy.errors import EngineError
-from dlrm_deploy.parity.compare import compare
+from dlrm_deploy.parity.compare import ULP_FLOOR, compare, ulp_distance
 
 
 def f32(*values):
@@ -46,3 +46,25 @@ def test_no_rows_are_no_difference():
 def test_an_output_of_another_shape_or_type_is_refused(actual):
     with pytest.raises(EngineError, match=r"expected float32 \(2,\)"):
         compare(actual, f32(0, 0), limit=1.0)
+
+
+def test_ulp_distance_counts_the_floats_between_two_values():
+    for value in (0.5, 1.0, -1.0, 1e-30, 0.0, 65504.0):
+        further = np.float32(value)
+        for steps in range(4):
+            assert ulp_distance(f32(further), f32(value)).tolist() == [steps]
+            assert ulp_distance(f32(value), f32(further)).tolist() == [steps]
+            further = np.nextafter(further, np.float32(np.inf))
+
+
+def test_ulp_distance_crosses_zero_and_takes_both_zeros_for_one():
+    tiny = np.nextafter(np.float32(0), np.float32(1))
+    assert ulp_distance(f32(0.0, -tiny, -1.0), f32(-0.0, tiny, 1.0)).tolist() == [0, 2, 2 * 0x3F800000]
+
+
+def test_ulps_are_counted_where_the_reference_is_not_negligible():
+    above = np.nextafter(np.float32(0.5), np.float32(1))
+    found = compare(f32(above, 1e-20, 0.25, np.nan), f32(0.5, 1e-12, 0.25, 0.5), limit=1.0)
+    assert (found.max_ulp, found.mean_ulp, found.ulp_rows) == (1, 0.5, 2)
+    nothing = compare(f32(0.0), f32(ULP_FLOOR / 2), limit=1.0)
+    assert (nothing.max_ulp, nothing.mean_ulp, nothing.ulp_rows) == (0, 0.0, 0)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from dlrm_deploy.config import FeatureConfig, ModelConfig, TableConfig
+from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.data.dataset import ArrayDataset, Bags, Splits
 from dlrm_deploy.errors import ConfigError
 from dlrm_deploy.metrics import auc, log_loss
+from dlrm_deploy.tables import TableConfig
 from dlrm_deploy.train.logistic_regression import fit_logistic_regression
 
 CONFIG = ModelConfig(

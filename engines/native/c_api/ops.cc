@@ -1,6 +1,9 @@
 // ops.cc: the plain C functions of dlrm_deploy/ops.h. Nothing throws past this file.
 #include "dlrm_deploy/ops.h"
 
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
 #include <exception>
 #include <limits>
 #include <string>
@@ -77,20 +80,28 @@ std::vector<int64_t> Values(const int64_t* from, int64_t count) {
   return from == nullptr ? std::vector<int64_t>() : std::vector<int64_t>(from, from + count);
 }
 
-Error CheckBag(const dlrm_deploy_embedding_bag* bag) {
-  if (bag == nullptr || bag->struct_size < sizeof(dlrm_deploy_embedding_bag)) {
-    return std::string("struct_size is smaller than this library's dlrm_deploy_embedding_bag");
+// The caller's struct with NULL for what callers of earlier versions do not have.
+Error CopyBag(const dlrm_deploy_embedding_bag* from, dlrm_deploy_embedding_bag* bag) {
+  constexpr size_t kFirstVersion = offsetof(dlrm_deploy_embedding_bag, ids);
+  if (from == nullptr || from->struct_size < kFirstVersion) {
+    return std::string("struct_size is smaller than any version of dlrm_deploy_embedding_bag");
   }
-  if (bag->id_bytes != 4 && bag->id_bytes != 8) {
-    return "id_bytes is " + std::to_string(bag->id_bytes) + ", expected 4 or 8";
+  *bag = {};
+  std::memcpy(bag, from, std::min<size_t>(from->struct_size, sizeof *bag));
+  return {};
+}
+
+Error CheckBag(const dlrm_deploy_embedding_bag& bag) {
+  if (bag.id_bytes != 4 && bag.id_bytes != 8) {
+    return "id_bytes is " + std::to_string(bag.id_bytes) + ", expected 4 or 8";
   }
-  if (bag->num_slots < 0 || bag->num_features < 0 || bag->num_indices < 0 || bag->num_offsets < 0 ||
-      bag->num_per_sample_weights < 0 || CountFloats(bag->total_rows, bag->width, 1) < 0) {
+  if (bag.num_slots < 0 || bag.num_features < 0 || bag.num_indices < 0 || bag.num_offsets < 0 ||
+      bag.num_per_sample_weights < 0 || CountFloats(bag.total_rows, bag.width, 1) < 0) {
     return std::string("a size is negative or too large to address");
   }
-  if ((bag->weights == nullptr && CountFloats(bag->total_rows, bag->width, 1) > 0) ||
-      (bag->indices == nullptr && bag->num_indices > 0) ||
-      (bag->pooled == nullptr && bag->pooled_floats > 0)) {
+  if ((bag.weights == nullptr && CountFloats(bag.total_rows, bag.width, 1) > 0) ||
+      (bag.indices == nullptr && bag.num_indices > 0) ||
+      (bag.pooled == nullptr && bag.pooled_floats > 0)) {
     return std::string("weights, indices or pooled is NULL");
   }
   return {};
@@ -102,6 +113,10 @@ Error RunBag(const dlrm_deploy_embedding_bag& c, const KernelPath& path, int thr
   attributes.features = Values(c.features, c.num_slots);
   attributes.row_starts = Values(c.row_starts, c.num_slots);
   attributes.rows = Values(c.rows, c.num_slots);
+  attributes.ids = Values(c.ids, c.num_slots);
+  attributes.moduli = Values(c.moduli, c.num_slots);
+  attributes.divisors = Values(c.divisors, c.num_slots);
+  attributes.divisions = Values(c.divisions, c.num_slots);
   attributes.mean = Values(c.mean, c.num_slots);
   attributes.pooling_factors = Values(c.pooling_factors, c.num_features);
   const std::string policy = c.index_policy == nullptr ? "error" : c.index_policy;
@@ -191,9 +206,11 @@ dlrm_deploy_status dlrm_deploy_run_embedding_bag(const dlrm_deploy_embedding_bag
   return Guarded([&] {
     const KernelPath* path = nullptr;
     if (const auto status = ChoosePath(path_name, &path)) return status;
+    dlrm_deploy_embedding_bag call;
     Error error = CheckThreads(threads);
-    if (!error) error = CheckBag(bag);
-    if (!error) error = RunBag(*bag, *path, threads);
+    if (!error) error = CopyBag(bag, &call);
+    if (!error) error = CheckBag(call);
+    if (!error) error = RunBag(call, *path, threads);
     return error ? Fail(DLRM_DEPLOY_BAD_INPUT, *error) : DLRM_DEPLOY_OK;
   });
 }

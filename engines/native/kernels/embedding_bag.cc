@@ -19,6 +19,8 @@ constexpr int64_t kBlockBytes = 64 * 1024;
 constexpr int64_t kSamplesPerSlot = 16;
 constexpr int64_t kOffsetsPerBlock = 32 * 1024;
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+// Valid ids are below this, so that they and their float32 neighbours fit in 64 bits.
+constexpr int64_t kMostIds = int64_t{1} << 62;
 
 std::string Text(int64_t value) { return std::to_string(value); }
 
@@ -29,6 +31,15 @@ void LowerTo(std::atomic<int64_t>& lowest, int64_t value) {
 }
 
 int64_t DivideUp(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+// How ids of a slot become rows of its table part, unless an id is the number of its row.
+enum class Division : int64_t { kExact = 0, kFloat = 1, kReciprocal = 2 };
+
+// The remainder of a floored division by n >= 1: in [0, n) for negative ids too.
+int64_t Modulo(int64_t id, int64_t n) {
+  const int64_t remainder = id % n;
+  return remainder < 0 ? remainder + n : remainder;
+}
 
 Error CheckLength(const char* attribute, size_t seen, int64_t expected, const char* of) {
   if (static_cast<int64_t>(seen) == expected) return {};
@@ -53,14 +64,24 @@ Error ParseIndexPolicy(const std::string& name, IndexPolicy* policy) {
 }
 
 Error EmbeddingBag::Create(EmbeddingBagAttributes attributes, EmbeddingBag* bag) {
+  const int64_t slots = static_cast<int64_t>(attributes.features.size());
+  if (attributes.ids.empty()) attributes.ids = attributes.rows;
+  for (const auto& [values, otherwise] :
+       {std::pair(&attributes.moduli, 0), {&attributes.divisors, 1}, {&attributes.divisions, 0}}) {
+    if (values->empty()) values->assign(attributes.features.size(), otherwise);
+  }
   const EmbeddingBagAttributes& a = attributes;
-  const int64_t slots = static_cast<int64_t>(a.features.size());
   if (a.num_features < 1) {
     return "attribute num_features is " + Text(a.num_features) + ", expected at least 1";
   }
   if (slots == 0) return "attribute features is empty, expected one feature per slot";
-  for (const auto& [name, values] :
-       {std::pair("row_starts", &a.row_starts), {"rows", &a.rows}, {"mean", &a.mean}}) {
+  for (const auto& [name, values] : {std::pair("row_starts", &a.row_starts),
+                                     {"rows", &a.rows},
+                                     {"ids", &a.ids},
+                                     {"moduli", &a.moduli},
+                                     {"divisors", &a.divisors},
+                                     {"divisions", &a.divisions},
+                                     {"mean", &a.mean}}) {
     if (Error error = CheckLength(name, values->size(), slots, "slot")) return error;
   }
   for (int64_t t = 0; t < slots; ++t) {
@@ -75,6 +96,18 @@ Error EmbeddingBag::Create(EmbeddingBagAttributes attributes, EmbeddingBag* bag)
     if (a.row_starts[t] < 0 || a.rows[t] < 1 || a.rows[t] > kNone - a.row_starts[t]) {
       return "the row range" + slot + " begins at " + Text(a.row_starts[t]) + " and has " +
              Text(a.rows[t]) + " rows, expected a start of at least 0 and at least one row";
+    }
+    if (a.ids[t] < 1 || a.ids[t] > kMostIds) {
+      return "attribute ids" + slot + " is " + Text(a.ids[t]) + ", expected 1 to " + Text(kMostIds);
+    }
+    if (a.moduli[t] < 0) {
+      return "attribute moduli" + slot + " is " + Text(a.moduli[t]) + ", expected at least 0";
+    }
+    if (a.divisors[t] < 1) {
+      return "attribute divisors" + slot + " is " + Text(a.divisors[t]) + ", expected at least 1";
+    }
+    if (a.divisions[t] < 0 || a.divisions[t] > 2) {
+      return "attribute divisions" + slot + " is " + Text(a.divisions[t]) + ", expected 0, 1 or 2";
     }
   }
 
@@ -339,24 +372,13 @@ class EmbeddingBagRun {
   // Appends the rows of ids [first, last) to the chunk: checked, so that they lie inside the slot.
   template <IndexPolicy policy>
   void ResolveAs(size_t slot, int64_t first, int64_t last, Chunk* chunk) {
-    const int64_t rows = attributes_.rows[slot];
-    const int64_t width = in_.width;
-    const float* table = in_.weights + attributes_.row_starts[slot] * width;
-    const float** out = chunk->row + chunk->rows;
-    for (int64_t p = first; p < last; ++p) {
-      int64_t id = ids_[p];
-      const float* row = nullptr;
-      if (static_cast<uint64_t>(id) < static_cast<uint64_t>(rows)) {
-        row = table + id * width;
-      } else if constexpr (policy == IndexPolicy::kError) {
-        LowerTo(first_bad_id_, p);
-      } else if constexpr (policy == IndexPolicy::kClamp) {
-        row = table + (id < 0 ? 0 : rows - 1) * width;
-      } else if constexpr (policy == IndexPolicy::kModulo) {
-        id %= rows;
-        row = table + (id < 0 ? id + rows : id) * width;
-      }
-      *out++ = row;
+    const EmbeddingBagAttributes& a = attributes_;
+    const bool plain = a.ids[slot] == a.rows[slot] && a.moduli[slot] == 0 &&
+                       a.divisors[slot] == 1 && a.divisions[slot] == 0;
+    if (plain) {
+      ReadRows<policy>(slot, first, last, chunk->row + chunk->rows);
+    } else {
+      ComputeRows<policy>(slot, first, last, chunk->row + chunk->rows);
     }
     if (chunk->weighted) {
       std::copy(in_.per_sample_weights + first, in_.per_sample_weights + last,
@@ -365,16 +387,74 @@ class EmbeddingBagRun {
     chunk->rows += static_cast<int>(last - first);
   }
 
-  // Of several slots that pool the feature, the one with the fewest rows is quoted.
+  // The rows of a slot where an id is the number of its row.
+  template <IndexPolicy policy>
+  void ReadRows(size_t slot, int64_t first, int64_t last, const float** out) {
+    const int64_t rows = attributes_.rows[slot];
+    const int64_t width = in_.width;
+    const float* table = in_.weights + attributes_.row_starts[slot] * width;
+    for (int64_t p = first; p < last; ++p) {
+      int64_t id = ids_[p];
+      *out++ = ValidId<policy>(rows, p, &id) ? table + id * width : nullptr;
+    }
+  }
+
+  // The rows of a slot where a row is computed from an id.
+  template <IndexPolicy policy>
+  void ComputeRows(size_t slot, int64_t first, int64_t last, const float** out) {
+    const EmbeddingBagAttributes& a = attributes_;
+    const int64_t limit = a.ids[slot];
+    const int64_t modulus = a.moduli[slot];
+    const int64_t divisor = a.divisors[slot];
+    const int64_t rows = a.rows[slot];
+    const Division division = static_cast<Division>(a.divisions[slot]);
+    const float float_divisor = static_cast<float>(divisor);
+    const float reciprocal = 1.0f / float_divisor;
+    const float* table = in_.weights + a.row_starts[slot] * in_.width;
+    for (int64_t p = first; p < last; ++p) {
+      int64_t id = ids_[p];
+      if (modulus > 0) id = Modulo(id, modulus);
+      if (!ValidId<policy>(limit, p, &id)) {
+        *out++ = nullptr;
+        continue;
+      }
+      int64_t row;
+      if (division == Division::kExact) {
+        row = id / divisor % rows;
+      } else {
+        const float rounded = static_cast<float>(id);
+        const float quotient =
+            division == Division::kFloat ? rounded / float_divisor : rounded * reciprocal;
+        row = std::min(static_cast<int64_t>(quotient), rows - 1);
+      }
+      *out++ = table + row * in_.width;
+    }
+  }
+
+  // Follows the index policy for the id at position p: whether a row is read, and for which id,
+  // which is then in [0, limit).
+  template <IndexPolicy policy>
+  bool ValidId(int64_t limit, int64_t p, int64_t* id) {
+    if (static_cast<uint64_t>(*id) < static_cast<uint64_t>(limit)) return true;
+    if constexpr (policy == IndexPolicy::kError) LowerTo(first_bad_id_, p);
+    if constexpr (policy == IndexPolicy::kClamp) *id = *id < 0 ? 0 : limit - 1;
+    if constexpr (policy == IndexPolicy::kModulo) *id = Modulo(*id, limit);
+    return policy == IndexPolicy::kClamp || policy == IndexPolicy::kModulo;
+  }
+
+  // Of several slots that refuse the id, the one with the fewest ids is quoted.
   std::string DescribeBadId(int64_t position) const {
+    const EmbeddingBagAttributes& a = attributes_;
     int64_t feature = 0;
-    int64_t rows = kNone;
-    for (size_t slot = 0; slot < attributes_.features.size(); ++slot) {
-      const int64_t f = attributes_.features[slot];
-      const bool owner = BagBegin(f, 0) <= position && position < BagEnd(f, batch_ - 1);
-      if (owner && attributes_.rows[slot] < rows) {
+    int64_t limit = kNone;
+    for (size_t slot = 0; slot < a.features.size(); ++slot) {
+      const int64_t f = a.features[slot];
+      if (position < BagBegin(f, 0) || position >= BagEnd(f, batch_ - 1)) continue;
+      int64_t id = ids_[position];
+      if (a.moduli[slot] > 0) id = Modulo(id, a.moduli[slot]);
+      if ((id < 0 || id >= a.ids[slot]) && a.ids[slot] < limit) {
         feature = f;
-        rows = attributes_.rows[slot];
+        limit = a.ids[slot];
       }
     }
     int64_t sample = 0;  // bags of a feature lie in order: halve the range that holds the position
@@ -388,7 +468,7 @@ class EmbeddingBagRun {
     }
     return bag_.FeatureName(feature) + ", sample " + Text(sample) + ", position " +
            Text(position - BagBegin(feature, sample)) + " of its bag: id " + Text(ids_[position]) +
-           " is outside [0, " + Text(rows) +
+           " is outside [0, " + Text(limit) +
            "). Hash ids to the table size before scoring, or choose the index policy clamp, "
            "modulo or zero.";
   }

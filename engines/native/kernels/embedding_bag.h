@@ -27,6 +27,10 @@ struct EmbeddingBagAttributes {
   std::vector<int64_t> features;         // [T]
   std::vector<int64_t> row_starts;       // [T]
   std::vector<int64_t> rows;             // [T]
+  std::vector<int64_t> ids;              // [T], or empty: rows
+  std::vector<int64_t> moduli;           // [T], or empty: 0
+  std::vector<int64_t> divisors;         // [T], or empty: 1
+  std::vector<int64_t> divisions;        // [T], or empty: 0
   std::vector<int64_t> mean;             // [T]
   std::vector<int64_t> pooling_factors;  // [F], or empty for the CSR form
   IndexPolicy index_policy = IndexPolicy::kError;

@@ -124,6 +124,28 @@ T AttributeOr(const Ort::ConstKernelInfo& info, const char* name, T otherwise) {
   }
 }
 
+// An attribute of several ints; none where it is absent. ONNX Runtime does not tell that from one
+// of another type, so those that a hand-written model may have are tried.
+std::vector<int64_t> IntsOrNone(const Ort::ConstKernelInfo& info, const char* name) {
+  const auto is = [&](auto read) {
+    try {
+      read();
+      return true;
+    } catch (const Ort::Exception&) {
+      return false;
+    }
+  };
+  std::vector<int64_t> ints;
+  if (is([&] { ints = info.GetAttributes<int64_t>(name); })) return ints;
+  if (is([&] { info.GetAttribute<int64_t>(name); }) ||
+      is([&] { info.GetAttribute<float>(name); }) || is([&] { info.GetAttributes<float>(name); }) ||
+      is([&] { info.GetAttribute<std::string>(name); })) {
+    throw Ort::Exception(std::string("attribute ") + name + " is of another type than ints",
+                         ORT_INVALID_ARGUMENT);
+  }
+  return {};
+}
+
 class EmbeddingBagKernel {
  public:
   EmbeddingBagKernel(EmbeddingBag bag, const KernelPath& path)
@@ -242,11 +264,11 @@ struct EmbeddingBagOp : Ort::CustomOpBase<EmbeddingBagOp, EmbeddingBagKernel, tr
       attributes.row_starts = Required("row_starts", read_ints);
       attributes.rows = Required("rows", read_ints);
       attributes.mean = Required("mean", read_ints);
-      try {
-        attributes.pooling_factors = read_ints("pooling_factors");
-      } catch (const Ort::Exception&) {
-        // Absent: the CSR form.
-      }
+      attributes.ids = IntsOrNone(info, "ids");
+      attributes.moduli = IntsOrNone(info, "moduli");
+      attributes.divisors = IntsOrNone(info, "divisors");
+      attributes.divisions = IntsOrNone(info, "divisions");
+      attributes.pooling_factors = IntsOrNone(info, "pooling_factors");  // none: the CSR form
       const auto policy = AttributeOr<std::string>(info, "index_policy", "error");
       if (Error error = ParseIndexPolicy(policy, &attributes.index_policy)) return error;
       attributes.feature_names = AttributeOr<std::string>(info, "feature_names", "");

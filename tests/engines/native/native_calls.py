@@ -22,6 +22,7 @@ class EmbeddingBagStruct(ctypes.Structure):
         ("num_per_sample_weights", I64), ("num_features", I64), ("num_slots", I64), ("features", P),
         ("row_starts", P), ("rows", P), ("mean", P), ("pooling_factors", P), ("index_policy", S),
         ("feature_names", S), ("pooled", P), ("pooled_floats", I64),
+        ("ids", P), ("moduli", P), ("divisors", P), ("divisions", P),
     ]  # fmt: skip
 
 
@@ -69,9 +70,11 @@ class Native:
         pooled = np.full((batch, len(attributes["features"]), case.weights.shape[1]), 7, np.float32)
         lists = {
             name: np.array(attributes[name], np.int64)
-            for name in ("features", "row_starts", "rows", "mean", "pooling_factors")
+            for name in (
+                "features", "row_starts", "rows", "ids", "moduli", "divisors", "divisions", "mean", "pooling_factors"
+            )
             if attributes.get(name) is not None
-        }
+        }  # fmt: skip
         weights = np.ascontiguousarray(case.weights)
         struct = EmbeddingBagStruct(
             struct_size=ctypes.sizeof(EmbeddingBagStruct), id_bytes=case.indices.itemsize, weights=weights.ctypes.data,

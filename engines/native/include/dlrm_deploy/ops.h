@@ -78,6 +78,10 @@ typedef struct dlrm_deploy_embedding_bag {
   const char* feature_names;      /* F names joined by newlines, or NULL */
   float* pooled;                  /* output [B, T, width] */
   int64_t pooled_floats;          /* size of the buffer `pooled`, at least B * T * width */
+  const int64_t* ids;             /* [T], or NULL: rows */
+  const int64_t* moduli;          /* [T], or NULL: 0 */
+  const int64_t* divisors;        /* [T], or NULL: 1 */
+  const int64_t* divisions;       /* [T], or NULL: 0 */
 } dlrm_deploy_embedding_bag;
 
 /* Runs it once on `threads` threads. `path` names a kernel path; NULL is the one in use. */

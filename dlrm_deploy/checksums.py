@@ -1,0 +1,77 @@
+"""Checksums of tables by blocks of rows: taken from what the exporter read, so that a wrong row is found and placed.
+
+A file's hash says that something changed; these say which table and which rows.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from dlrm_deploy.bundle import Bundle, read_npz
+
+CHECKSUMS = "checksums.npz"
+"""In a bundle: for each table part a uint32 array, the CRC-32 of each block of rows (float32, little-endian)."""
+
+BLOCK_ROWS = 1024
+
+
+class RowChecksums:
+    """Takes the rows of one table part from first to last, in pieces of any length."""
+
+    def __init__(self) -> None:
+        self._blocks: list[int] = []
+        self._crc = 0
+        self._rows = 0
+
+    def add(self, rows: npt.NDArray[np.float32]) -> None:
+        """The next rows [n, width]."""
+        rows = np.ascontiguousarray(rows, "<f4")
+        start = 0
+        while start < len(rows):
+            stop = min(len(rows), start + BLOCK_ROWS - self._rows)
+            self._crc = zlib.crc32(rows[start:stop].data, self._crc)
+            self._rows += stop - start
+            start = stop
+            if self._rows == BLOCK_ROWS:
+                self._end_block()
+
+    def finish(self) -> npt.NDArray[np.uint32]:
+        """[blocks]."""
+        if self._rows:
+            self._end_block()
+        return np.array(self._blocks, np.uint32)
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._crc)
+        self._crc = self._rows = 0
+
+
+def altered_rows(bundle: Bundle) -> Iterator[tuple[str, int, int]]:
+    """Table part, first and last row of each run of blocks whose rows are not those that were exported.
+
+    Nothing for a bundle without checksums.
+
+    Raises:
+        BundleError: the checksums cannot be read.
+    """
+    if not (bundle.path / CHECKSUMS).is_file():
+        return
+    stored = read_npz(bundle.path / CHECKSUMS)
+    for group, matrix in zip(bundle.config.groups, bundle.map_tables(), strict=True):
+        for part in group.parts:
+            rows = matrix[group.rows_of(part.name)]
+            expected = stored.get(part.name, np.zeros(0, np.uint32))
+            actual = [
+                zlib.crc32(np.ascontiguousarray(rows[i : i + BLOCK_ROWS]).data) for i in range(0, len(rows), BLOCK_ROWS)
+            ]
+            if len(expected) != len(actual):
+                yield part.name, 0, part.rows - 1
+                continue
+            different = np.flatnonzero(np.array(actual, np.uint32) != expected)
+            for run in np.split(different, np.flatnonzero(np.diff(different) > 1) + 1):
+                if run.size:
+                    yield part.name, int(run[0]) * BLOCK_ROWS, min((int(run[-1]) + 1) * BLOCK_ROWS, part.rows) - 1

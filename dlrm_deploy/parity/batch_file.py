@@ -1,0 +1,60 @@
+"""One batch in an .npz file: what fails can be kept, handed on and checked again."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dlrm_deploy.batch import Batch
+from dlrm_deploy.errors import BatchError, DataError
+from dlrm_deploy.files import atomic_file
+
+_NEEDED = ("dense", "indices", "offsets")
+
+
+def read_batch(path: Path) -> tuple[Batch, dict[str, npt.NDArray[Any]]]:
+    """Read arrays `dense` [B, D], `indices` [N], `offsets` [F * B + 1] and, if there, `weights` [N].
+
+    Returns:
+        The batch, and all other arrays of the file by name.
+
+    Raises:
+        DataError: the file cannot be read, lacks an array, or its arrays are no batch. Nothing in it is unpickled.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz file, or was cut")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    # zipfile says RuntimeError and NotImplementedError of what it takes for encrypted or of another compression.
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as err:
+        raise DataError(f"cannot read {path}: {err}. Write it with numpy.savez.") from err
+    missing = [name for name in _NEEDED if name not in arrays]
+    if missing:
+        raise DataError(
+            f"{path} lacks {' and '.join(missing)}: it holds {', '.join(arrays) or 'nothing'}. A batch needs "
+            f"{', '.join(_NEEDED)}, and weights for a weighted model."
+        )
+    try:
+        batch = Batch(arrays.pop("dense"), arrays.pop("indices"), arrays.pop("offsets"), arrays.pop("weights", None))
+    except BatchError as err:
+        raise DataError(f"{path}: {err}") from err
+    return batch, arrays
+
+
+def write_batch(path: Path, batch: Batch) -> None:
+    """Write a batch so that `read_batch` gives it back.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    arrays = {"dense": batch.dense, "indices": batch.indices, "offsets": batch.offsets}
+    if batch.weights is not None:
+        arrays["weights"] = batch.weights
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
