@@ -1,6 +1,6 @@
-"""Checksums of tables by blocks of rows: taken from what the exporter read, so that a wrong row is found and placed.
+"""Checksums of weights, and of tables by blocks of rows: taken from what the exporter read, to find and place an error.
 
-A file's hash says that something changed; these say which table and which rows.
+A file's hash says that something changed; these say which table and which rows, or which weight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy.typing as npt
 from dlrm_deploy.bundle import Bundle, read_npz
 
 CHECKSUMS = "checksums.npz"
-"""In a bundle: for each table part a uint32 array, the CRC-32 of each block of rows (float32, little-endian)."""
+"""In a bundle: for each table part a uint32 array, the CRC-32 of each block of rows (float32, little-endian), and for
+each weight of `dense.npz` one of a single value."""
 
 BLOCK_ROWS = 1024
 
@@ -48,6 +49,26 @@ class RowChecksums:
     def _end_block(self) -> None:
         self._blocks.append(self._crc)
         self._crc = self._rows = 0
+
+
+def weight_checksum(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
+    """[1], of a whole weight and its shape."""
+    crc = zlib.crc32(repr(weight.shape).encode(), zlib.crc32(np.ascontiguousarray(weight, "<f4").data))
+    return np.array([crc], np.uint32)
+
+
+def altered_weights(bundle: Bundle) -> Iterator[str]:
+    """Keys of the weights in `dense.npz` that are not those that were exported.
+
+    Raises:
+        BundleError: the checksums or weights cannot be read.
+    """
+    if not (bundle.path / CHECKSUMS).is_file():
+        return
+    stored = read_npz(bundle.path / CHECKSUMS)
+    for key, weight in bundle.dense_weights().items():
+        if not np.array_equal(stored.get(key, np.zeros(0)), weight_checksum(weight)):
+            yield key
 
 
 def altered_rows(bundle: Bundle) -> Iterator[tuple[str, int, int]]:

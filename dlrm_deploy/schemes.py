@@ -143,12 +143,12 @@ def mixed_width(ids: int, least: int, width: int, alpha: float) -> int:
     if ids <= least:
         return width
     power = round(math.log2(width) + alpha * math.log2(least / ids))
-    return min(width, 2 ** max(0, power))
+    return min(width, 1 << max(0, power))
 
 
 def _root(ids: int, parts: int) -> int:
     """The least whole number whose power `parts` is at least `ids`."""
-    root = max(1, round(ids ** (1 / parts)))  # a float: off by one at most
+    root: int = max(1, round(ids ** (1 / parts)))  # a float: off by one at most
     while root**parts < ids:
         root += 1
     while (root - 1) ** parts >= ids:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -64,6 +65,16 @@ class Engine(ABC):
     @abstractmethod
     def implementations(self) -> dict[str, str]:
         """Which implementation each operator of ours really uses in this engine, found by looking, not by assuming."""
+
+    def stage_outputs(self, batch: Batch, tensors: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
+        """What inner tensors of the graph hold for a batch that fits the model; unknown names are left out.
+
+        Raises:
+            EngineError: this engine cannot show them.
+        """
+        raise EngineError(
+            f"engine {self.name} does not show what happens inside. Use onnxruntime or onnxruntime-stock instead."
+        )
 
     @property
     def precision(self) -> str:

@@ -82,11 +82,6 @@ class StockOnnxRuntimeEngine(Engine):
         return result
 
     def stage_outputs(self, batch: Batch, tensors: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
-        """What the graph's inner tensors hold for a batch; names that the graph does not have are left out.
-
-        Raises:
-            EngineError: ONNX Runtime cannot run the graph with these outputs.
-        """
         import onnx
         from onnx import TensorProto, helper
 

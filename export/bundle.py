@@ -31,7 +31,7 @@ from dlrm_deploy.bundle import (
     Manifest,
     TableGroupRecord,
 )
-from dlrm_deploy.checksums import CHECKSUMS, RowChecksums
+from dlrm_deploy.checksums import CHECKSUMS, RowChecksums, weight_checksum
 from dlrm_deploy.config import IndexPolicy
 from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.errors import CheckpointError, OutputError
@@ -83,8 +83,9 @@ def export_bundle(
         _check_room(folder, config.table_bytes)
         checksums: dict[str, npt.NDArray[np.uint32]] = {}
         tables = tuple(_write_tables(folder, group, source, checksums, progress) for group in config.groups)
-        np.savez(folder / CHECKSUMS, allow_pickle=False, **checksums)
         dense = source.dense()
+        checksums.update((key, weight_checksum(weight)) for key, weight in dense.items())
+        np.savez(folder / CHECKSUMS, allow_pickle=False, **checksums)
         np.savez(folder / DENSE, allow_pickle=False, **dense)
         onnx.save(write_model(config, dense, tables, index_dtype), folder / MODEL)
         onnx.checker.check_model(folder / MODEL, full_check=True)

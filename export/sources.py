@@ -53,6 +53,10 @@ class Source(ABC):
     def provenance(self) -> dict[str, Any]:
         """Where this came from, for the manifest."""
 
+    def summary(self) -> tuple[str, ...]:
+        """What was recognised, in a few lines for a person; nothing where a config says it all."""
+        return ()
+
 
 class CheckpointSource(Source):
     """A checkpoint written by `dlrm-deploy train`; verified here in full."""

@@ -110,8 +110,8 @@ def write_tensorrt_model(
 
     single = {WIDE_DENSE, WIDE_BIAS, *(top_keys(config)[-1:] or ((),))[0]}
     initializers = [_weight(key, array, "fp32" if key in single else precision) for key, array in dense.items()]
-    for group, table in zip(config.groups, tables or (), strict=tables is not None):
-        initializers.append(numpy_helper.from_array(np.ascontiguousarray(table), table_tensor(group.name)))
+    for group, matrix in zip(config.groups, tables or (), strict=tables is not None):
+        initializers.append(numpy_helper.from_array(np.ascontiguousarray(matrix), table_tensor(group.name)))
     _, outputs = signature(config, "int32")
     graph = helper.make_graph(
         n.nodes,
@@ -135,13 +135,13 @@ def runnable_on_cpu(model: onnx.ModelProto) -> onnx.ModelProto:
     Each bf16 operation is computed in float32 and rounded to bf16: what a GPU does, apart from the order of additions.
     A model without bf16 is returned as it is.
     """
-    if not any(tensor.data_type == TensorProto.BFLOAT16 for tensor in model.graph.initializer):
-        return model
     half = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     half |= {
         value.name for value in inferred.graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16
     }
+    if not half:
+        return model
     nodes: list[onnx.NodeProto] = []
     for original in model.graph.node:
         node = onnx.NodeProto()
@@ -150,6 +150,8 @@ def runnable_on_cpu(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(node)
             continue
         for i, name in enumerate(original.input):
+            if name not in half:  # axes of a ReduceSum
+                continue
             node.input[i] = f"{name}_for_{node.name}_{i}"
             nodes.append(helper.make_node("Cast", [name], [node.input[i]], to=TensorProto.FLOAT))
         node.output[0] = f"{original.output[0]}_unrounded"
@@ -177,8 +179,9 @@ def _check_sizes(config: ModelConfig, tables: Sequence[FloatArray] | None) -> No
 
 
 def _never_fails(attributes: BagAttributes) -> BagAttributes:
+    """Without what the host does before: it refuses bad ids, and takes the modulo, in 64 bits."""
     policy = "clamp" if attributes.index_policy == "error" else attributes.index_policy
-    return replace(attributes, index_policy=policy)
+    return replace(attributes, index_policy=policy, moduli=())
 
 
 def _pool_path(n: Nodes, config: ModelConfig, feature: int, table: TableConfig, max_bag: int) -> str:
@@ -259,10 +262,6 @@ def _pool_padded(n: Nodes, config: ModelConfig, a: BagAttributes, table: str, ma
 
     Where rather than a product with a mask: a NaN or an infinity in a row that only pads must not reach the sum.
     """
-
-    def column(values: Sequence[int]) -> npt.NDArray[np.int32]:
-        return np.array(values, np.int32)[:, None, None]
-
     i32 = np.int32
     starts, ends = (_bag_bounds(n, config, a.features, side) for side in ("first", "last"))
     places = n.op("Add", starts, n.constant(np.arange(max_bag)[None, None], i32))
@@ -270,9 +269,11 @@ def _pool_padded(n: Nodes, config: ModelConfig, a: BagAttributes, table: str, ma
     places = n.op("Where", filled, places, n.constant(0, i32))
     ids = n.op("Gather", "indices", places)
     # Padding reads whichever id stands first; the policy keeps it inside the table like any other id.
-    rows, row_starts = n.constant(column(a.rows), i32), n.constant(column(a.row_starts), i32)
     total = n.op("Gather", n.op("Shape", table), n.constant(0))
-    row_TBL, bad = policy_rows(n, ids, rows, row_starts, a.index_policy, total, i32)
+    slots = range(len(a.features))
+    row_TBL, bad = policy_rows(
+        n, ids, a, slots, lambda values: n.constant(values[:, None, None], values.dtype), total, i32
+    )
     kept = n.op("And", filled, n.op("Not", bad)) if bad else filled
     gathered = n.op("Gather", table, row_TBL)
     last = n.constant([3])
@@ -282,7 +283,7 @@ def _pool_padded(n: Nodes, config: ModelConfig, a: BagAttributes, table: str, ma
     gathered = n.op("Where", n.op("Unsqueeze", kept, last), gathered, n.constant(0.0, np.float32))
     pooled = n.op("ReduceSum", gathered, n.constant([2]), keepdims=0)
     if any(a.mean):
-        mean = n.constant(column(a.mean), i32)
+        mean = n.constant(np.array(a.mean)[:, None, None], i32)
         lengths = n.op("Mul", n.op("Sub", ends, starts), mean)
         divisor = n.op("Max", lengths, n.constant(1, i32))
         pooled = n.op("Div", pooled, n.op("Cast", divisor, to=TensorProto.FLOAT))

@@ -149,7 +149,7 @@ class ComputedSlot:
 
 
 # Of the last one float32(d) is another number where it is rounded to float64 first.
-_FLOAT_DIVISORS = (1, 2, 3, 49, 60, 2**31 - 1, 2**60 + 2**36 + 1)
+_FLOAT_DIVISORS = (1, 2, 3, 41, 60, 2**31 - 1, 2**60 + 2**36 + 1)
 COMPUTED_SLOTS: dict[str, list[ComputedSlot]] = {
     "quotient_and_remainder": [ComputedSlot(0, 4, 11, divisor=3), ComputedSlot(0, 3, 11)],
     "three_digits": [

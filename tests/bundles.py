@@ -27,6 +27,37 @@ def _mean(config: ModelConfig) -> ModelConfig:
     return replace(config, features=features)
 
 
+def _parts() -> tuple[TableConfig, ...]:
+    """One table of each kind, of width 8."""
+
+    def table(
+        name: str, rows: int, *part_rows: int, partition: str = "quotient-remainder", **kind: object
+    ) -> TableConfig:
+        return TableConfig(name=name, rows=rows, width=8, partition=partition, part_rows=part_rows, **kind)
+
+    return (
+        TableConfig(name="plain", rows=11, width=8),
+        table("product", 50, 13, 4),
+        table("other_product", 60, 20, 3),
+        table("sum", 40, 5, 2, 4, combine="add"),
+        table("float", 30, 8, 4, combine="concat", division="float32"),
+        table("chinese", 100, 3, 5, 7, partition="chinese-remainder"),
+        table("hashed", 90, 13, partition="hash"),
+        table("path", 20, 5, 4, combine="path", path_hidden=3),
+        TableConfig(name="narrow", rows=17, width=3, projection=8),
+    )
+
+
+def _of_parts(name: str, **options: object) -> ModelConfig:
+    tables = _parts()
+    features = tuple(
+        FeatureConfig(name=f"f_{table.name}", table=table.name, max_ids=4, modulo=13 if i == 2 else None)
+        for i, table in enumerate(tables)
+    )
+    values = {"dense_features": ("d0", "d1", "d2"), "bottom_mlp": (16, 8), "top_mlp": (16, 8, 1)}
+    return ModelConfig(name=name, **{**values, "tables": tables, "features": features, **options})
+
+
 _WIDTH_8 = {"a": 8, "b": 8, "c": 8}
 _SEVERAL_WIDTHS = {"a": 8, "b": 4, "c": 8, "d": 12, "e": 4}
 
@@ -51,8 +82,21 @@ CONFIGS: dict[str, ModelConfig] = {
             for name, table in (("x", "t_b"), ("y", "t_a"), ("z", "t_b"))
         ),
     ),
+    "parts": _mean(_of_parts("parts")),
+    "parts_weighted": _of_parts("parts_weighted", weighted=True, index_policy="zero", dense_transform="log3"),
+    "parts_fixed": replace(
+        _of_parts("parts_fixed", interaction="concat", wide=True),
+        features=tuple(
+            FeatureConfig(name=f"f_{table.name}", table=table.name, pooling_factor=1 + i % 3)
+            for i, table in enumerate(_parts())
+        ),
+    ),
+    "cross": _model("cross", _SEVERAL_WIDTHS, interaction="dcn-v1", cross_layers=2, dense_transform="log1p"),
+    "branches": _model("branches", _WIDTH_8, interaction="projection", branch1=(12, 16), branch2=(24,)),
+    "factorization": _mean(_model("fm", _WIDTH_8, interaction="fm", wide=True, bottom_mlp=(), top_mlp=())),
+    "ids_only": _model("ids_only", _WIDTH_8, dense_features=(), bottom_mlp=(), wide=True),
 }
-"""One model for every form of the operators and every interaction."""
+"""One model for every form of the operators, every kind of table and every interaction."""
 
 
 def make_bundle(name: str, out: Path, **options: object) -> Bundle:

@@ -6,8 +6,8 @@ import numpy as np
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.config import FeatureConfig, ModelConfig
-from dlrm_deploy.export.function_bodies import BagAttributes
 from dlrm_deploy.model.keys import bottom_keys, cross_keys, dense_shapes, top_keys
+from dlrm_deploy.ops.contract import BagAttributes
 from dlrm_deploy.ops.reference import table_batched_embedding_bag
 from dlrm_deploy.tables import TableConfig
 
@@ -140,7 +140,7 @@ def expected_scores(
             per_sample_weights=batch.weights, pooling_factors=fixed,
         )  # fmt: skip
         for t, slot in enumerate(group.slots):
-            pooled[slot] = rounded(bags[:, t].astype(np.float64), 0.0)
+            pooled[slot.feature] = rounded(bags[:, t].astype(np.float64), 0.0)
     x = rounded(batch.dense.astype(np.float64), 0.0)
     for w, b in bottom_keys(config):
         x = relu(product(x, dense[w], dense[b]))

@@ -142,8 +142,9 @@ def sharded(tmp_path, model, boxes):
         ([(20, 30, 0, 4), (0, 20, 0, 4)], [0, 20]),
         ([(0, 50, 0, 1), (0, 50, 1, 3)], [0]),
         ([(0, 10, 0, 2), (10, 40, 0, 2), (0, 10, 2, 2), (10, 40, 2, 2)], [0, 10]),
+        ([(0, 50, 0, 2), (0, 20, 2, 2), (20, 30, 2, 2)], [0, 20]),
     ],
-    ids=["rows", "columns", "grid"],
+    ids=["rows", "columns", "grid", "no grid"],
 )
 def test_shards_of_several_processes_are_put_together(tmp_path, model, boxes, first_rows):
     folder, table = sharded(tmp_path, model, boxes)
@@ -158,16 +159,9 @@ def test_shards_of_several_processes_are_put_together(tmp_path, model, boxes, fi
     assert opened.golden() is None
 
 
-def test_shards_that_form_no_rows_are_refused_as_blocks_only(tmp_path, model):
-    folder, table = sharded(tmp_path, model, [(0, 50, 0, 2), (0, 20, 2, 2), (20, 30, 2, 2)])
-    np.testing.assert_array_equal(Checkpoint.open(folder).read(USER), table)
-    with pytest.raises(CheckpointError, match="do not form blocks of rows"):
-        list(Checkpoint.open(folder).chunks(USER))
-
-
 def test_missing_shard_is_refused(tmp_path, model):
     folder, _ = sharded(tmp_path, model, [(0, 20, 0, 4), (30, 20, 0, 4)])
-    with pytest.raises(CheckpointError, match="chunks of model.sparse_arch.*user.weight are missing"):
+    with pytest.raises(CheckpointError, match="chunks of model.sparse_arch.*user.weight are missing: rows 20 to 29"):
         Checkpoint.open(folder)
 
 
@@ -438,4 +432,4 @@ opened.read({USER!r})
 print(peak() - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-    assert 62_500 * 0.9 < grown < 62_500 * 1.3  # KiB; the table is 62,500
+    assert 62_500 * 0.8 < grown < 62_500 * 1.3  # KiB; the table is 62,500

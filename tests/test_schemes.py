@@ -96,9 +96,7 @@ def test_mixed_dimensions_follow_the_power_rule():
 
 
 def test_without_keys_each_id_has_a_row():
-    assert TableScheme().tables({"a": 3, "b": 1}, 4) == tuple(
-        TableScheme(threshold=99).tables({"a": 3, "b": 1}, 4)
-    )
+    assert TableScheme().tables({"a": 3, "b": 1}, 4) == tuple(TableScheme(threshold=99).tables({"a": 3, "b": 1}, 4))
     assert [(t.name, t.rows, t.partition) for t in TableScheme().tables({"a": 3}, 4)] == [("a", 3, "full")]
     assert TableScheme().tables({}, 4) == ()
 
@@ -112,7 +110,7 @@ def test_without_keys_each_id_has_a_row():
         ({"collisions": 4}, "partition full takes no sizes, got collisions"),
         ({"partition": "quotient-remainder"}, "partition quotient-remainder takes collisions or parts, got none"),
         ({"partition": "quotient-remainder", "collisions": 4, "parts": 2}, "got collisions and parts"),
-        ({"partition": "chinese-remainder", "collisions": 4}, "partition chinese-remainder takes parts, got collisions"),
+        ({"partition": "chinese-remainder", "collisions": 4}, "chinese-remainder takes parts, got collisions"),
         ({"partition": "hash", "collisions": 0}, "collisions must be a whole number of at least 1, got 0"),
         ({"partition": "hash", "collisions": 2.5}, "collisions must be a whole number of at least 1, got 2.5"),
         ({"partition": "chinese-remainder", "parts": 1}, "parts must be a whole number of at least 2, got 1"),

@@ -54,6 +54,7 @@ def _check_text(field: str, value: object) -> None:
         raise ConfigError(f"{field} must be a text, got {value!r}.")
 
 
+_ROW_FOR_EACH_ID = TableScheme()
 _MODEL_LISTS = ("bottom_mlp", "top_mlp", "branch1", "branch2", "features")
 
 
@@ -91,7 +92,7 @@ class ModelRecipe:
     features: tuple[str, ...] = ()
     """Which of the dataset's sparse features it sees, in that order; empty for all."""
 
-    tables: TableScheme = TableScheme()
+    tables: TableScheme = _ROW_FOR_EACH_ID
     """[model.tables]: how tables are stored."""
 
     def __post_init__(self) -> None:

@@ -115,7 +115,7 @@ class DLRM(nn.Module):
             if offsets is not None:
                 attributes = replace(attributes, pooling_factors=None)
             pooled.append(_pool(matrix, indices, offsets, weights, attributes))
-        pooled += [path.pool(self.group_weights, indices, offsets, weights) for path in self._paths]
+        pooled += [path.pool(list(self.group_weights), indices, offsets, weights) for path in self._paths]
         return pooled
 
     def score(self, dense: Tensor, pooled: Sequence[Tensor]) -> Tensor:
@@ -239,7 +239,7 @@ class _Path:
         x_NW = rows[0]
         h, W = self._hidden, self._width
         for bank in rows[1:]:
-            w1, b1, w2, b2 = bank.split([h * W, h, W * h, W], dim=1)
+            w1, b1, w2, b2 = torch.split(bank, [h * W, h, W * h, W], dim=1)
             hidden_N1h = torch.baddbmm(b1[:, None], x_NW[:, None], w1.view(-1, h, W).transpose(1, 2)).relu()
             x_NW = torch.baddbmm(b2[:, None], hidden_N1h, w2.view(-1, W, h).transpose(1, 2))[:, 0]
         if weights is not None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
-from dlrm_deploy.checksums import altered_rows
+from dlrm_deploy.checksums import altered_rows, altered_weights
 from dlrm_deploy.engines.registry import open_unchecked
 from dlrm_deploy.errors import EngineError
 from dlrm_deploy.files import atomic_file, output_errors
@@ -161,6 +161,8 @@ def _at_rest(bundle: Bundle) -> Iterator[Departure]:
     for part, first, last in altered_rows(bundle):
         detail = f"rows {first} to {last} are not those that were exported"
         yield Departure(f"table {part}", None, detail)
+    for key in altered_weights(bundle):
+        yield Departure(f"weight {key}", None, "dense.npz does not hold what was exported")
     held = _graph_weights(bundle)
     for key, weight in bundle.dense_weights().items():
         if key not in held:

@@ -22,7 +22,14 @@ from typing import Any
 import numpy as np
 
 from dlrm_deploy.errors import CheckpointError
-from dlrm_deploy.tensors.restricted_pickle import MAX_PICKLE_BYTES, Record, StandIn, TruncatedPickleError, unpickle
+from dlrm_deploy.tensors.restricted_pickle import (
+    MAX_PICKLE_BYTES,
+    Record,
+    RefusedGlobalError,
+    StandIn,
+    TruncatedPickleError,
+    unpickle,
+)
 from dlrm_deploy.tensors.stand_ins import TORCH_FILE, Namespace, Storage, StoredArray, StoredTensor, storage
 from dlrm_deploy.tensors.store import BLOCK_BYTES, ITEM_BYTES, Array, TensorStore
 
@@ -150,9 +157,9 @@ class TorchFile(TensorStore):
                 if known := node.shape_and_dtype():
                     self._add_tensor(name, node, *known)
             elif node is None or isinstance(node, str | bool | int | float):
-                self._add_value(name, node)
+                self._values[name] = node
             elif isinstance(node, StandIn) and isinstance(node.value, str):
-                self._add_value(name, node.value)  # a dtype
+                self._values[name] = node.value  # a dtype
             prefix = f"{name}." if name else ""
             left -= len(items)
             stack.extend((prefix + key, depth + 1, child) for key, child in reversed(items))
@@ -162,9 +169,6 @@ class TorchFile(TensorStore):
             raise ValueError(f"two tensors have the name {name}")
         self._tensors[name] = tensor
         self._shapes[name] = (shape, dtype)
-
-    def _add_value(self, name: str, value: object) -> None:
-        self._values[name] = value
 
 
 def _key_name(key: object) -> str:
@@ -283,11 +287,13 @@ def _parse_legacy(data: bytes, part: _Window, label: str) -> _Opened:
             raise ValueError(f"a view of storage {found.key} ends behind it")
         return Storage(found.key, found.dtype, part_of.count, first)
 
-    magic, at = unpickle(data, {}, label)
+    not_torch = f"{label}: it is a pickle, but not one of torch.save. Save the model's state_dict with torch.save."
+    try:
+        magic, at = unpickle(data, {}, label)
+    except RefusedGlobalError as err:
+        raise CheckpointError(not_torch) from err
     if magic != _LEGACY_MAGIC:
-        raise CheckpointError(
-            f"{label}: it is a pickle, but not one of torch.save. Save the model's state_dict with torch.save."
-        )
+        raise CheckpointError(not_torch)
     version, at = unpickle(data, {}, label, start=at)
     if version != _LEGACY_VERSION:
         raise CheckpointError(f"{label}: its format is not version {_LEGACY_VERSION}, the only one before torch 1.6.")

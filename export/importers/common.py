@@ -20,7 +20,7 @@ from dlrm_deploy.errors import BatchError, CheckpointError, ConfigError
 from dlrm_deploy.export.sources import Source
 from dlrm_deploy.files import sha256_file, sha256_folder
 from dlrm_deploy.model.keys import dense_shapes
-from dlrm_deploy.tables import Division, TableConfig, TablePart
+from dlrm_deploy.tables import Division, TableConfig, TablePart, check_name
 from dlrm_deploy.tensors.finite import check_finite
 from dlrm_deploy.tensors.store import Array, TensorStore
 
@@ -337,6 +337,8 @@ def feature_names(defaults: tuple[str, ...], options: ImportOptions) -> tuple[st
         ConfigError: another number of names than there are features, or a name twice.
     """
     names = options.features or defaults
+    for name in names:
+        check_name("--features", name)
     if len(names) != len(defaults) or len(set(names)) != len(names):
         raise ConfigError(
             f"--features has {len(names)} names, {len(set(names))} of them different, but the checkpoint has "

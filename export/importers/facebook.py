@@ -71,8 +71,7 @@ def open_facebook(store: TensorStore, options: ImportOptions) -> ForeignSource:
         config = options.config
         _check_given(store, names, config)
     else:
-        with contradictions(store.path):
-            config = _config(store, names, options)
+        config = _config(store, names, options)
     dense, parts = _mapping(store, names, config)
     pooled = any(table.pool for table in names.tables)
     facts = {"learned_pooling_weights": "multiplied into the tables"} if pooled else {}
@@ -89,9 +88,11 @@ def _config(store: TensorStore, names: Names, options: ImportOptions) -> ModelCo
     width = matrix_shape(store, names.bottom[-1][0])[0]
     features = feature_names(tuple(f"cat_{i}" for i in range(len(names.tables))), options)
     combine = _combine(store, names, width, options)
-    tables = tuple(
-        _table_config(store, table, name, combine, options) for table, name in zip(names.tables, features, strict=True)
-    )
+    with contradictions(store.path):
+        tables = tuple(
+            _table_config(store, table, name, combine, options)
+            for table, name in zip(names.tables, features, strict=True)
+        )
     for stored, table in zip(names.tables, tables, strict=True):
         if table.output_width != width:
             raise CheckpointError(
@@ -99,17 +100,18 @@ def _config(store: TensorStore, names: Names, options: ImportOptions) -> ModelCo
                 f"{width} ({names.bottom[-1][0]}), and they should be equal."
             )
     interaction = _interaction(store, names, width, options)
-    return ModelConfig(
-        name=options.name,
-        dense_features=dense_names(matrix_shape(store, names.bottom[0][0])[1]),
-        tables=tables,
-        features=tuple(FeatureConfig(name=name, table=name, modulo=options.modulo) for name in features),
-        bottom_mlp=tuple(matrix_shape(store, weight)[0] for weight, _ in names.bottom),
-        top_mlp=tuple(matrix_shape(store, weight)[0] for weight, _ in names.top),
-        interaction="concat" if interaction == "cat" else "dot",
-        self_interaction=interaction == "dot-self",
-        dense_transform=options.dense_transform,
-    )
+    with contradictions(store.path):
+        return ModelConfig(
+            name=options.name,
+            dense_features=dense_names(matrix_shape(store, names.bottom[0][0])[1]),
+            tables=tables,
+            features=tuple(FeatureConfig(name=name, table=name, modulo=options.modulo) for name in features),
+            bottom_mlp=tuple(matrix_shape(store, weight)[0] for weight, _ in names.bottom),
+            top_mlp=tuple(matrix_shape(store, weight)[0] for weight, _ in names.top),
+            interaction="concat" if interaction == "cat" else "dot",
+            self_interaction=interaction == "dot-self",
+            dense_transform=options.dense_transform,
+        )
 
 
 def _table_config(

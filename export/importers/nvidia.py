@@ -57,7 +57,8 @@ _DENSE_FILES = ("bottom_model.mlp", "top_model.mlp", "top_model.out")
 
 
 class NvidiaFolder(TensorStore):
-    """The tensors of a folder: `bottom_model.embeddings.0`, `bottom_model.mlp.weights.0`, `top_model.out.weight`, ..."""
+    """The tensors of a folder: `bottom_model.embeddings.0`, `bottom_model.mlp.weights.0`, `top_model.out.weight`, "
+    "..."""
 
     kind = "a folder of NVIDIA's DLRM"
 
@@ -264,8 +265,7 @@ def open_nvidia(path: Path, options: ImportOptions) -> ForeignSource:
     defaults = tuple(f"cat_{number}" for number in numbers)
     order, how = _order(path, said, defaults, options)
     if options.config is None:
-        renamed = device_order(said) is not None or len(numbers) == 1
-        names = feature_names(defaults, options) if renamed else defaults
+        names = defaults if device_order(said) is None else feature_names(defaults, options)
         config = infer_config(path, shapes, names, said, options)
     else:
         config = options.config
@@ -287,8 +287,6 @@ def _order(
 ) -> tuple[tuple[int, ...], str]:
     """The order in which the top model takes the tables: from the metadata, else from --features."""
     known = device_order(said)
-    if known is None and len(defaults) == 1:
-        known = (0,), "there is one"
     permuted = sorted(options.features) == sorted(defaults)
     if known is not None:
         if permuted and options.features != defaults:
@@ -302,8 +300,9 @@ def _order(
         flag = "bottom_features_ordered" if said.devices else "the device mapping"
         raise ConfigError(
             f"{path / _METADATA} does not say {flag}, on which the order of the tables in the top model depends: "
-            "training on one device takes the largest table first, on several devices as they hold them. Give that "
-            f"order: --features with {listed(defaults)} for tables 0, 1, ..., without --config."
+            "training on one device takes the largest table first, on several devices as they hold them. Give the "
+            f"order of all {len(defaults)} tables: --features with {listed(defaults)} for tables 0, 1, ..., without "
+            "--config."
         )
     return tuple(defaults.index(name) for name in options.features), "as --features says"
 

@@ -57,7 +57,9 @@ _DENSE = re.compile(
     r"|over_arch\.model\.1\.(?:weight|bias)"
     r"|inter_arch\.crossnet\.(?:W_kernels|V_kernels|kernels|bias)\.\d+"
 )
-_BESIDE = re.compile(r"(?:[^.]*optim[^.]*|fused|lr_scheduler)\..*|inter_arch\.tri[ul]_indices")
+_QUANTIZED = re.compile(r"\.weight_q(?:scaleshift|scale|bias)$")
+_OPTIMIZER = re.compile(r"(?:.*\.)?(?:fused|lr_scheduler|(?:\w+_)?optim(?:s|izer|izers)?(?:_states?)?)\..*")
+_BUFFER = re.compile(r"inter_arch\.tri[ul]_indices")
 _MODELS: Mapping[Interaction, str] = {
     "dot": "DLRM",
     "dcn": "DLRM_DCN",
@@ -123,7 +125,7 @@ def open_torchrec(store: TensorStore, options: ImportOptions) -> ForeignSource:
         dense=_dense(store, found.dense, config),
         parts={name: Stored(store=store, key=key) for name, key in found.tables.items()},
         options=options,
-        facts={"model": _MODELS[interaction], "prefix": found.prefix, "order_of_tables": order},
+        facts={"model": _MODELS[interaction], "prefix": found.prefix or "none", "order_of_tables": order},
     )
 
 
@@ -133,8 +135,8 @@ def find_model(store: TensorStore) -> FoundModel:
     Raises:
         CheckpointError: none, several, a part of one, or a quantized one.
     """
-    keys = store.keys()
-    if quantized := [key for key in keys if ".weight_q" in key]:
+    keys = tuple(key for key in store.keys() if not _OPTIMIZER.fullmatch(key))  # noqa: SIM118  # of a store
+    if quantized := [key for key in keys if _QUANTIZED.search(key)]:
         raise CheckpointError(
             f"{store.path} holds a quantized model ({listed(quantized)}): its tables are rounded to a few bits, and an "
             "export would carry that on. Save the state_dict from before torchrec.inference quantized it."
@@ -152,35 +154,34 @@ def find_model(store: TensorStore) -> FoundModel:
             f"{store.path} holds {len(whole)} models: {listed([p + 'sparse_arch' for p in whole])}. Save the "
             "state_dict of the one to export by itself."
         )
-    return _sort_keys(store, whole[0])
+    return _sort_keys(store.path, keys, whole[0])
 
 
 def _holds(keys: tuple[str, ...], begin: str) -> bool:
     return any(key.startswith(begin) for key in keys)
 
 
-def _sort_keys(store: TensorStore, prefix: str) -> FoundModel:
+def _sort_keys(path: Path, keys: tuple[str, ...], prefix: str) -> FoundModel:
     tables: dict[str, str] = {}
     dense: dict[str, str] = {}
     unknown = []
     kinds = []
-    for key in store.keys():  # noqa: SIM118  # of a store
-        if not key.startswith(prefix):
+    for key in keys:
+        if not key.startswith(prefix) or _BUFFER.fullmatch(key.removeprefix(prefix)):
             continue
         match = _TABLE.fullmatch(key)
-        name = _table_name(match["table"]) if match else _without_wrapper(key.removeprefix(prefix))
-        place = tables if match else dense
-        if match is None and _BESIDE.fullmatch(name):
-            continue
-        kinds.append("table" if match else "dense")
-        if name in place or (match is None and not _DENSE.fullmatch(name)):
+        is_table = match is not None and match["prefix"] == prefix
+        name = _table_name(match["table"]) if match and is_table else _without_wrapper(key.removeprefix(prefix))
+        place = tables if is_table else dense
+        kinds.append("table" if is_table else "dense")
+        if name in place or not (is_table or _DENSE.fullmatch(name)):
             unknown.append(key)
         else:
             place[name] = key
     for key in unknown:
         if re.search(r"\.(U_kernels|C_kernels|gates)\.", key):
             raise CheckpointError(
-                f"{store.path}: {key} is of a LowRankMixtureCrossNet, whose experts and gates no interaction of ours "
+                f"{path}: {key} is of a LowRankMixtureCrossNet, whose experts and gates no interaction of ours "
                 "computes. DLRM_DCN's own LowRankCrossNet, CrossNet and VectorCrossNet are read."
             )
     ordered = kinds == sorted(kinds, reverse=True)
@@ -345,8 +346,12 @@ def _features(
                 f"width {width} do not make that many."
             )
         name = _BRANCH.format(1).format(0)
-    features = features_of_dot(flat, width) if interaction == "dot" else (flat // width - 1, None)[flat % width > 0]
-    if not features or features < 1:
+    features: int | None
+    if interaction == "dot":
+        features = features_of_dot(flat, width)
+    else:
+        features = None if flat % width or flat == width else flat // width - 1
+    if features is None:
         formula = "D + F (F + 1) / 2" if interaction == "dot" else "(F + 1) D"
         raise CheckpointError(
             f"{path}: {name} takes {flat} values, and with vectors of width D = {width} no number of features F makes "

@@ -4,11 +4,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from awkward import BagCase, awkward_bags, csr_case, fixed_case, out_of_range_bags
+from awkward import BagCase, awkward_bags, computed_bags, csr_case, fixed_case, out_of_range_bags
 from onnx import TensorProto, helper
 
-from dlrm_deploy.export.function_bodies import dot_interaction_function, embedding_bag_function
-from dlrm_deploy.export.nodes import DOMAIN
+from dlrm_deploy.errors import EngineError
+from dlrm_deploy.export.function_bodies import dot_interaction_function, embedding_bag_function, pool_fixed
+from dlrm_deploy.export.nodes import DOMAIN, Nodes
 from dlrm_deploy.ops.contract import BagAttributes
 from dlrm_deploy.ops.reference import dot_interaction
 
@@ -65,6 +66,73 @@ def test_embedding_bag_body_equals_the_reference_on_awkward_bags(case):
 def test_embedding_bag_body_follows_the_index_policy(policy):
     for case in out_of_range_bags(policy):
         np.testing.assert_allclose(run_body(case), case.expected(), rtol=0, atol=3e-6, err_msg=case.name)
+
+
+@pytest.mark.parametrize("policy", ["error", "clamp", "modulo", "zero"])
+def test_embedding_bag_body_computes_rows_from_ids(policy):
+    for case in computed_bags(policy):
+        tolerance = 0 if case.offsets is not None else 3 * 2**-24 * 15
+        np.testing.assert_allclose(run_body(case), case.expected(), rtol=0, atol=tolerance, err_msg=case.name)
+
+
+def run_int32(case: BagCase) -> np.ndarray:
+    """A fixed case by `pool_fixed` with ids and rows in int32, as in plans."""
+    attributes = BagAttributes(**case.attributes, weighted=case.per_sample_weights is not None)
+    n = Nodes()
+    pool_fixed(
+        n, attributes, attributes.pooling_factors, ids="indices", table="weights", weights="per_sample_weights",
+        output="pooled", dtype=np.int32,
+    )  # fmt: skip
+    inputs = [
+        helper.make_tensor_value_info("weights", TensorProto.FLOAT, ["R", "D"]),
+        helper.make_tensor_value_info("indices", TensorProto.INT32, ["N"]),
+    ]
+    output = helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["B", "T", "D"])
+    graph = helper.make_graph(n.nodes, "test", inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    feed = {"weights": case.weights, "indices": case.indices.astype(np.int32)}
+    (result,) = ort.InferenceSession(model.SerializeToString()).run(None, feed)
+    return result
+
+
+@pytest.mark.parametrize("policy", ["clamp", "modulo", "zero"])
+def test_rows_are_computed_in_int32_too(policy):
+    compared = 0
+    for case in computed_bags(policy):
+        numbers = [*case.attributes["ids"], *case.attributes["moduli"], *case.attributes["divisors"]]
+        if case.offsets is not None or case.per_sample_weights is not None:
+            continue
+        narrow = replace(case, indices=np.clip(case.indices, -(2**31), 2**31 - 1).astype(np.int32))
+        if max(numbers) < 2**31:
+            np.testing.assert_allclose(run_int32(narrow), narrow.expected(), rtol=0, atol=3e-6, err_msg=case.name)
+            compared += 1
+        else:
+            with pytest.raises(EngineError, match="feature .: (ids|moduli|divisors) of its slot . is .* in int32"):
+                run_int32(narrow)
+    assert compared >= 5
+
+
+def test_a_float32_quotient_next_to_2_to_the_31_stays_in_int32():
+    case = fixed_case("most", [1], 3, rows=(5,), policy="clamp")
+    case.indices[:] = 2**31 - 1, 2**31 - 2, 3
+    most = {"ids": (2**31 - 1,), "divisors": (1,), "divisions": (1,)}
+    case = replace(case, attributes=case.attributes | most)
+    np.testing.assert_array_equal(run_int32(case), case.expected())
+
+
+def test_a_plain_group_s_body_computes_nothing_from_ids():
+    for case in (csr_case("csr", [[1], [2], [0]]), fixed_case("fixed", [1, 1, 2], 1)):
+        attributes = BagAttributes(**{"pooling_factors": None, **case.attributes})
+        operators = [node.op_type for node in embedding_bag_function(attributes, "").node]
+        row = operators.index("GreaterOrEqual")
+        assert operators[row + 1 : row + 4] == ["Or", "Add", "Where"]  # in range, first row of the table, refused
+
+
+def test_embedding_bag_body_fails_on_ids_of_a_fixed_form_that_are_no_whole_samples_in_any_order_of_features():
+    case = fixed_case("two", [2, 2], 3, rows=(5, 3), features=(1, 0))
+    with pytest.raises(Exception, match="out of data bounds"):
+        run_body(replace(case, indices=case.indices[:-1]))
 
 
 @pytest.mark.parametrize("bad_id", [-1, 5, 2**40])

@@ -6,11 +6,17 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
+from bundles import CONFIGS
 from plan_models import ARCHITECTURES, MAX_BAG, awkward_batches, batch_of, expected_scores, small_model, weights_of
 
+from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.engines.tensorrt.host import plan_feeds
 from dlrm_deploy.errors import EngineError
 from dlrm_deploy.export.tensorrt_graph import runnable_on_cpu, table_tensor, write_tensorrt_model
+from dlrm_deploy.model.dlrm import DLRM
+from dlrm_deploy.parity.batches import awkward_batches as parity_batches
+from dlrm_deploy.tables import TableConfig
 
 UNITS = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 
@@ -44,6 +50,41 @@ def test_fp32_graph_scores_awkward_bags_as_the_reference_does(architecture, tabl
     for name, batch in awkward_batches(config).items():
         expected, _ = expected_scores(config, dense, tables, batch)
         np.testing.assert_allclose(graph.score(batch), expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+KINDS = ("parts", "parts_weighted", "parts_fixed", "cross", "branches", "factorization", "ids_only")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_table_and_interaction_scores_as_pytorch_does(kind):
+    config = CONFIGS[kind]
+    dense, tables = weights_of(config)
+    model = DLRM(config, [torch.from_numpy(table) for table in tables])
+    with torch.no_grad():
+        for key, weight in dense.items():
+            model.weight(key).copy_(torch.from_numpy(weight))
+    graph = Graph(config, dense, tables)
+    rng = np.random.default_rng(0)
+    for name, batch in {**parity_batches(config, rng), "random": random_batch(config, 37, rng)}.items():
+        # Rows of size 1 make products of size 10 to 100 in the interaction, so logits are exact to some 1e-5.
+        np.testing.assert_allclose(graph.score(batch), model.predict(batch), rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_runs_in_bf16_too(kind):
+    dense, tables = weights_of(CONFIGS[kind])
+    batch = random_batch(CONFIGS[kind], 37, np.random.default_rng(0))
+    exact, rounded = (Graph(CONFIGS[kind], dense, tables, precision=p).score(batch) for p in ("fp32", "bf16"))
+    # No bound for every architecture: only that rounding to 8 bits shows, and does not carry a model away.
+    assert 0 < np.abs(exact - rounded).max() < 0.2
+
+
+def test_ids_beyond_32_bits_are_refused_with_the_features_name():
+    table = TableConfig(name="t", rows=1 << 40, width=8, partition="hash", part_rows=(5,))
+    features = tuple(replace(f, table="t") if f.table == "t_a" else f for f in CONFIGS["dot"].features)
+    config = replace(CONFIGS["dot"], tables=(table, *CONFIGS["dot"].tables[1:]), features=features)
+    with pytest.raises(EngineError, match=r"feature 'a': ids of its slot 0 is 1099511627776"):
+        write_tensorrt_model(config, *weights_of(config), max_bag=MAX_BAG)
 
 
 @pytest.mark.parametrize("precision", UNITS)

@@ -1,8 +1,9 @@
-"""The model against a DLRM written in NumPy over the reference operators, for every interaction."""
+"""The model against a DLRM written in NumPy, for every interaction and every kind of table."""
 
 from dataclasses import replace
 
 import numpy as np
+import numpy_model
 import pytest
 import torch
 
@@ -11,7 +12,6 @@ from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.errors import BatchError, ConfigError
 from dlrm_deploy.model.dlrm import DLRM
 from dlrm_deploy.model.keys import dense_shapes, table_key
-from dlrm_deploy.ops import reference
 from dlrm_deploy.tables import TableConfig
 
 DOT = ModelConfig(
@@ -31,81 +31,120 @@ TWO_WIDTHS = replace(
     interaction="concat",
     tables=(TableConfig(name="user", rows=5, width=3), TableConfig(name="item", rows=7, width=4)),
 )
+SUMMED = tuple(replace(feature, pooling="sum") for feature in DOT.features)
+
+
+def with_item_table(config=DOT, **kind):
+    """The model with an item table of another kind; two features read it, beside the plain table of user."""
+    return replace(config, tables=(DOT.tables[0], TableConfig(name="item", rows=7, **{"width": 4, **kind})))
+
+
+QUOTIENT = {"partition": "quotient-remainder", "part_rows": (2, 4)}
+REMAINDERS = {"partition": "chinese-remainder", "part_rows": (3, 4)}
+PATH = {**QUOTIENT, "combine": "path", "path_hidden": 3}
+NO_DENSE = {"dense_features": (), "bottom_mlp": ()}
 CONFIGS = {
     "dot": DOT,
     "dot_self": replace(DOT, self_interaction=True),
+    "dot_without_dense": replace(DOT, **NO_DENSE),
     "concat": replace(DOT, interaction="concat"),
     "concat_two_widths": TWO_WIDTHS,
+    "concat_without_bottom_mlp": replace(TWO_WIDTHS, bottom_mlp=()),
+    "concat_without_dense": replace(TWO_WIDTHS, **NO_DENSE),
     "dcn_two_widths": replace(TWO_WIDTHS, interaction="dcn", cross_layers=2, cross_rank=3),
-    "weighted": replace(
-        DOT, weighted=True, features=tuple(FeatureConfig(name=f.name, table=f.table) for f in DOT.features)
+    "dcn_v1": replace(TWO_WIDTHS, interaction="dcn-v1", cross_layers=2),
+    "dcn_v1_without_bottom_mlp": replace(TWO_WIDTHS, interaction="dcn-v1", cross_layers=2, bottom_mlp=(), wide=True),
+    "projection": replace(DOT, interaction="projection", branch1=(5, 8), branch2=(12,)),
+    "fm": replace(DOT, interaction="fm", bottom_mlp=(), top_mlp=(), wide=True),
+    "fm_of_ids": replace(DOT, interaction="fm", top_mlp=(), **NO_DENSE, wide=True),
+    "fm_with_both_mlps": replace(DOT, interaction="fm"),
+    "wide_weighted": replace(DOT, wide=True, weighted=True, features=SUMMED, dense_transform="log1p"),
+    "log1p": replace(DOT, dense_transform="log1p"),
+    "log3": replace(DOT, dense_transform="log3", interaction="concat", bottom_mlp=()),
+    "weighted": replace(DOT, weighted=True, features=SUMMED),
+    "modulo": replace(DOT, features=(*DOT.features[:2], FeatureConfig(name="item", table="item", modulo=3))),
+    "hash": with_item_table(partition="hash", part_rows=(3,)),
+    "quotient_multiply": with_item_table(**QUOTIENT),
+    "quotient_add": with_item_table(**QUOTIENT, combine="add"),
+    "quotient_concat": with_item_table(**QUOTIENT, combine="concat"),
+    "quotient_weighted": with_item_table(replace(DOT, weighted=True, features=SUMMED), **QUOTIENT),
+    "quotient_wide": with_item_table(replace(DOT, wide=True), **QUOTIENT),
+    "three_parts": with_item_table(partition="quotient-remainder", part_rows=(2, 2, 2)),
+    "three_parts_side_by_side": with_item_table(
+        replace(TWO_WIDTHS, interaction="dcn-v1", cross_layers=1),
+        partition="quotient-remainder", part_rows=(2, 2, 2), combine="concat", width=6,
     ),
-}
+    "remainders_multiply": with_item_table(**REMAINDERS),
+    "remainders_add": with_item_table(**REMAINDERS, combine="add"),
+    "path": with_item_table(**PATH),
+    "path_of_two": with_item_table(**{**PATH, "part_rows": (2, 2, 2)}),
+    "path_of_remainders": with_item_table(**{**PATH, **REMAINDERS}),
+    "path_weighted_wide": with_item_table(replace(DOT, weighted=True, features=SUMMED, wide=True), **PATH),
+    "mixed_dimension": with_item_table(width=3, projection=4),
+    "projected_quotient": with_item_table(**QUOTIENT, width=2, projection=4),
+    "only_paths": replace(
+        DOT,
+        tables=tuple(TableConfig(name=name, rows=n, width=4, **PATH) for name, n in (("user", 5), ("item", 7))),
+    ),
+}  # fmt: skip
+"""Every interaction on plain tables, and every kind of table beside a plain one."""
+
 BATCH = Batch.from_bags([[1, 2], [0, -1], [3, 0]], [[[1, 6, 1], [], [0]], [[0], [4], [2]], [[6], [], [3]]])
 
 
 def batch_for(config):
-    weights = np.linspace(-1, 1, BATCH.indices.size, dtype=np.float32)
-    return replace(BATCH, weights=weights) if config.weighted else BATCH
-
-
-def score_in_numpy(config, tensors, batch):
-    """Probabilities from checkpoint tensors, one table and one feature at a time."""
-
-    def mlp(x, prefix, layers, relu):
-        for i in range(layers):
-            key = prefix.format(i)
-            x = x @ tensors[key + ".weight"].T + tensors[key + ".bias"]
-            x = np.maximum(x, 0) if relu else x
-        return x
-
-    vectors = []
-    for f, feature in enumerate(config.features):
-        table = tensors[table_key(feature.table)]
-        pooled = reference.table_batched_embedding_bag(
-            table,
-            batch.indices,
-            batch.offsets,
-            num_features=len(config.features),
-            features=[f],
-            row_starts=[0],
-            rows=[len(table)],
-            mean=[int(feature.pooling == "mean")],
-            per_sample_weights=batch.weights,
-        )
-        vectors.append(pooled[:, 0])
-    x = mlp(batch.dense, "dense_arch.model._mlp.{}._linear", len(config.bottom_mlp), relu=True)
-    if config.interaction == "dot":
-        x = reference.dot_interaction(x, np.stack(vectors, axis=1), self_interaction=config.self_interaction)
-    else:
-        x = np.concatenate([x, *vectors], axis=1)
-    first = x
-    for i in range(config.cross_layers):
-        v, w, b = (tensors[f"inter_arch.crossnet.{name}.{i}"] for name in ("V_kernels", "W_kernels", "bias"))
-        x = first * (x @ v.T @ w.T + b) + x
-    x = mlp(x, "over_arch.model.0._mlp.{}._linear", len(config.top_mlp) - 1, relu=True)
-    return 1 / (1 + np.exp(-mlp(x, "over_arch.model.1", 1, relu=False)[:, 0]))
+    weights = np.linspace(-1, 1, BATCH.indices.size, dtype=np.float32) if config.weighted else None
+    return replace(BATCH, dense=BATCH.dense[:, : len(config.dense_features)], weights=weights)
 
 
 @pytest.fixture(params=CONFIGS)
 def model(request):
-    model = DLRM(CONFIGS[request.param], seed=2)
+    return random_model(CONFIGS[request.param])
+
+
+def random_model(config):
+    """A model without a weight that is zero, or would not show in a sum."""
+    model = DLRM(config, seed=2)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for key, tensor in model.named_tensors().items():
-            if "crossnet.bias" in key:
-                tensor.copy_(torch.linspace(-1, 1, len(tensor)))  # zero at the start, so it would not show
+        for tensor in model.named_tensors().values():
+            tensor.add_(torch.empty_like(tensor).uniform_(-0.5, 0.5, generator=generator))
     return model
 
 
+def numpy_tensors(model):
+    return {key: tensor.numpy().copy() for key, tensor in model.named_tensors().items()}
+
+
 def test_predict_matches_numpy(model):
-    tensors = {key: tensor.numpy() for key, tensor in model.named_tensors().items()}
     batch = batch_for(model.config)
-    expected = score_in_numpy(model.config, tensors, batch)
+    expected = numpy_model.probabilities(model.config, numpy_tensors(model), batch)
     assert np.ptp(expected) > 1e-3  # not a constant that anything would match
     actual = model.predict(batch)
     assert actual.dtype == np.float32
     # Sums of at most 24 products of size 10, then a sigmoid of slope 1/4: 24 * 10 * 2**-24 * 3 layers / 4 = 1e-5.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_gradient_is_the_slope_of_the_numpy_model(model):
+    batch = batch_for(model.config)
+    arrays = (batch.dense, batch.indices, batch.offsets, batch.weights)
+    model(*(None if a is None else torch.from_numpy(a) for a in arrays)).sum().backward()
+    gradients = DLRM(model.config, [p.grad.to_dense() for p in model.group_weights])
+    for key in dense_shapes(model.config):
+        gradients.weight(key).data.copy_(model.weight(key).grad)
+    tensors, slopes = numpy_tensors(model), numpy_tensors(gradients)
+    rng = np.random.default_rng(5)
+    step = 1e-7  # in float64, and small enough to meet no kink of a ReLU
+    for key, tensor in tensors.items():
+        direction = rng.standard_normal(tensor.shape)
+        ends = [
+            numpy_model.logits(model.config, {**tensors, key: tensor + sign * step * direction}, batch).sum()
+            for sign in (1, -1)
+        ]
+        slope, expected = np.sum(slopes[key] * direction), (ends[0] - ends[1]) / (2 * step)
+        scale = 1 + np.abs(slopes[key]).sum()  # float32 sums inside
+        assert abs(slope - expected) <= 1e-5 * scale, key
 
 
 def test_training_forward_equals_inference_and_reaches_every_weight(model):
@@ -160,18 +199,74 @@ def test_batch_of_another_model_is_refused():
 
 
 def test_no_samples_give_no_probabilities(model):
-    empty = Batch(np.zeros((0, 2), np.float32), np.zeros(0, np.int64), np.zeros(1, np.int64))
+    dense = np.zeros((0, len(model.config.dense_features)), np.float32)
+    empty = Batch(dense, np.zeros(0, np.int64), np.zeros(1, np.int64))
     weights = np.zeros(0, np.float32) if model.config.weighted else None
     assert model.predict(replace(empty, weights=weights)).shape == (0,)
 
 
-def test_fixed_pooling_factors_need_no_offsets():
-    features = tuple(FeatureConfig(name=n, table=n, pooling_factor=k) for n, k in (("user", 1), ("item", 2)))
-    model = DLRM(replace(DOT, features=features))
+FIXED = tuple(FeatureConfig(name=n, table=n, pooling_factor=k) for n, k in (("user", 1), ("item", 2)))
+
+
+@pytest.mark.parametrize("name", ["dot", "quotient_multiply", "path", "mixed_dimension", "quotient_wide"])
+def test_fixed_pooling_factors_need_no_offsets(name):
+    model = random_model(replace(CONFIGS[name], features=FIXED))
     batch = Batch.from_bags([[1, 2], [0, -1]], [[[0], [4]], [[1, 2], [3, 3]]])
     with torch.inference_mode():
         logits = model(torch.from_numpy(batch.dense), torch.from_numpy(batch.indices))
     np.testing.assert_array_equal(logits.sigmoid().numpy(), model.predict(batch))
+    expected = numpy_model.probabilities(model.config, numpy_tensors(model), batch)
+    np.testing.assert_allclose(model.predict(batch), expected, rtol=0, atol=1e-5)
+
+
+# (id, first row exactly, first row as rounded) where c = 8192 and 49. Ids above 2^24 = 16,777,216 are even in float32,
+# so the last id before a multiple of c becomes that multiple. The float32 next to 1 / 49 is a little below it.
+ROUNDED = [
+    ("float32", (4096, 8192), 24_576_000 - 1, 2999, 3000),
+    ("float32", (4096, 8192), 2**25 - 1, 4095, 4095),  # 4096 is no row: held at the last one
+    ("float32", (3, 49), 49, 1, 1),
+    ("float32-reciprocal", (3, 49), 49, 1, 0),
+    ("float32-reciprocal", (4096, 8192), 24_576_000 - 1, 2999, 3000),
+]
+
+
+@pytest.mark.parametrize(("division", "part_rows", "item", "exact", "rounded"), ROUNDED)
+def test_float32_quotients_read_the_rows_that_such_a_checkpoint_was_trained_with(
+    division, part_rows, item, exact, rounded
+):
+    batch = Batch.from_bags([[1, 2]], [[[item]], [[2]], [[item, item]]])
+    first_rows = {}
+    for kind in ("exact", division):
+        table = TableConfig(
+            name="item", rows=min(2**25, part_rows[0] * part_rows[1]), width=4, partition="quotient-remainder",
+            part_rows=part_rows, division=kind,
+        )  # fmt: skip
+        model = DLRM(replace(DOT, tables=(DOT.tables[0], table)))
+        model.pool(torch.from_numpy(batch.indices), torch.from_numpy(batch.offsets))[0].sum().backward()
+        grad = model.group_weights[0].grad.to_dense()
+        (group,) = model.config.groups
+        first_rows[kind] = grad[group.rows_of("item.0")].abs().sum(1).nonzero().view(-1).tolist()
+        expected = numpy_model.probabilities(model.config, numpy_tensors(model), batch)
+        np.testing.assert_allclose(model.predict(batch), expected, rtol=0, atol=1e-5)
+    assert first_rows == {"exact": [exact], division: [rounded]}
+
+
+def test_tables_of_parts_start_as_tables_that_train_well():
+    tensors = DLRM(with_item_table(**QUOTIENT), seed=1).named_tensors()
+    first, second = (tensors[table_key(f"item.{j}")] for j in (0, 1))
+    assert first.abs().max() <= 1 / np.sqrt(2)
+    assert (second - 1).abs().max() <= 1 / np.sqrt(4)
+    assert (second - 1).abs().max() > 0.25
+    added = DLRM(with_item_table(**QUOTIENT, combine="add"), seed=1).named_tensors()[table_key("item.1")]
+    assert added.abs().max() <= 1 / np.sqrt(4)
+    bank = DLRM(with_item_table(**PATH), seed=1).named_tensors()[table_key("item.1")]
+    assert bank.shape == (4, 2 * 3 * 4 + 3 + 4)
+    assert not bank[:, 12:15].any()
+    assert not bank[:, -4:].any()
+    assert bank[:, :12].any(1).all()
+    wide = DLRM(replace(DOT, wide=True), seed=1).named_tensors()
+    assert not wide[table_key("item.wide")].any()
+    assert not wide["wide_arch.bias"].any()
 
 
 def test_export_keeps_each_operator_as_one_node_for_any_batch():

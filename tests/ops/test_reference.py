@@ -152,11 +152,11 @@ def test_exact_quotients_are_those_of_whole_numbers_of_any_size():
 
 
 def test_float32_quotients_round_the_id_and_the_division():
-    # 2^25 - 1 rounds to 2^25. 49 times the float32 next to 1 / 49 rounds to the number below 1.
+    # 2^25 - 1 rounds to 2^25. 41 times the float32 next to 1 / 41 rounds to the number below 1.
     assert rows_read([2**25 - 1], rows=4, ids=2**26, divisors=2**24, divisions=0) == [1]
     assert rows_read([2**25 - 1], rows=4, ids=2**26, divisors=2**24, divisions=1) == [2]
-    assert rows_read([48, 49, 50], rows=4, ids=196, divisors=49, divisions=1) == [0, 1, 1]
-    assert rows_read([48, 49, 50], rows=4, ids=196, divisors=49, divisions=2) == [0, 0, 1]
+    assert rows_read([40, 41, 42], rows=4, ids=164, divisors=41, divisions=1) == [0, 1, 1]
+    assert rows_read([40, 41, 42], rows=4, ids=164, divisors=41, divisions=2) == [0, 0, 1]
 
 
 def test_a_float32_quotient_beyond_the_rows_reads_the_last_row():

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from awkward import computed_bags
 
 from dlrm_deploy.errors import BatchError
 from dlrm_deploy.ops import reference, torch_ops
@@ -98,19 +99,33 @@ def test_computed_rows_are_the_reference_s(policy):
         np.testing.assert_allclose(actual, case.expected(), rtol=0, atol=3e-6, err_msg=case.name)
 
 
+def test_weights_receive_their_gradient_at_the_computed_rows():
+    weights = torch.zeros(9, 2, requires_grad=True)
+    digits = {"features": [0, 0, 1], "row_starts": [0, 4, 7], "rows": [4, 3, 2], "mean": [0, 0, 0]}
+    attributes = BagAttributes(
+        num_features=2, **digits, ids=[12, 12, 50], divisors=[3, 1, 1], moduli=[0, 0, 40],
+        pooling_factors=None, index_policy="zero",
+    )  # fmt: skip
+    ids = torch.tensor([11, 4, 12, 41]), torch.tensor([0, 1, 3, 4, 4])
+    pooled = bag_op(weights, *ids, None, *attributes.schema_values())
+    pooled.backward(torch.arange(12.0).view(2, 3, 2))
+    assert weights.grad._indices().tolist() == [[3, 1, 4 + 2, 4 + 1, 7 + 1]]  # id 12 was dropped
+    assert weights.grad._values().tolist() == [[0, 1], [6, 7], [2, 3], [8, 9], [4, 5]]
+
+
 @pytest.mark.parametrize("divisor", [2, 3, 4, 7, 49, 60, 1000])
 def test_division_1_is_what_pytorch_computes(divisor):
-    rng = np.random.default_rng(divisor)
-    k = rng.integers(0, 2**31 // divisor, 20_000)
-    ids = np.unique(np.concatenate([k * divisor, k * divisor + 1, (k + 1) * divisor - 1, [2**24 + 1, 2**31 - 1]]))
-    quotients = (torch.from_numpy(ids) / divisor).long().numpy()
-    values, rows = np.unique(quotients, return_inverse=True)
-    assert len(values) > 10_000
-    for dtype in (np.int32, np.int64):
-        # A table of as many rows as there are quotients does not fit: rows are read from a window around each.
-        for first in range(0, len(ids), len(ids) // 4):
-            read = quotients_read(ids[first : first + 50].astype(dtype), divisor, values[rows[first]], 200)
-            np.testing.assert_array_equal(read, quotients[first : first + 50])
+    k = np.random.default_rng(divisor).integers(0, 2**31 // divisor, 20_000)
+    near_multiples = [k * divisor, k * divisor + 1, (k + 1) * divisor - 1]
+    ids = np.concatenate([*near_multiples, [2**24 + 1, 2**31 - 1]])
+    expected = (torch.from_numpy(ids) / divisor).long()
+    a = BagAttributes(
+        num_features=1, features=[0], row_starts=[0], rows=[2**31], divisors=[divisor], divisions=[1], mean=[0],
+        pooling_factors=[1], index_policy="error",
+    )  # fmt: skip
+    np.testing.assert_array_equal(reference._rows_of(ids, a, 0), expected)
+    np.testing.assert_array_equal(torch_ops._resolve_bags(torch.from_numpy(ids), None, a).rows, expected)
+    assert divisor in (2, 4) or (expected.numpy() != ids // divisor).any()
 
 
 def test_error_policy_names_the_first_bad_id_like_the_reference():
@@ -121,6 +136,17 @@ def test_error_policy_names_the_first_bad_id_like_the_reference():
             reference.table_batched_embedding_bag(weights, indices, offsets, num_features=3, **slots, mean=[0] * 3)
         with pytest.raises(BatchError, match=re.escape(str(expected.value))):
             run(weights, indices, offsets, None, slots, [0] * 3, "error")
+
+
+def test_error_policy_names_the_id_as_given_and_the_slot_with_the_fewest_ids():
+    slots = {"features": (0, 0, 0), "row_starts": (0, 0, 0), "rows": (2, 2, 2), "mean": (0, 0, 0)}
+    for moduli in ((0, 0, 3), (0, 0, 20)):
+        call = {"num_features": 1, **slots, "ids": (8, 6, 4), "moduli": moduli, "pooling_factors": (1,)}
+        with pytest.raises(BatchError) as expected:
+            reference.table_batched_embedding_bag(np.zeros((2, 1), np.float32), np.array([1, 25]), None, **call)
+        attributes = BagAttributes(**call, index_policy="error")
+        with pytest.raises(BatchError, match=re.escape(str(expected.value))):
+            bag_op(torch.zeros(2, 1), torch.tensor([1, 25]), None, None, *attributes.schema_values())
 
 
 def test_zero_policy_drops_nan_weights_of_ids_outside():

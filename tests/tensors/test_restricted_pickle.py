@@ -54,7 +54,7 @@ class State:
         self.target = target
 
     def __setstate__(self, state):
-        open(state["target"], "w").close()
+        state["target"].touch()
 
 
 ATTACKS = {
@@ -196,5 +196,5 @@ def test_a_pickle_that_torch_did_not_write_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="it is a pickle, but not one of torch.save"):
         TorchFile(path)
     path.write_bytes(pickle.dumps({"a": torch.zeros(2)}))
-    with pytest.raises(CheckpointError, match="it names torch._utils._rebuild_tensor_v2|it was written by pickle"):
+    with pytest.raises(CheckpointError, match="it is a pickle, but not one of torch.save"):
         TorchFile(path)

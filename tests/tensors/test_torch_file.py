@@ -208,6 +208,14 @@ def test_a_view_of_a_storage_in_a_legacy_file_is_read_from_its_place(tmp_path):
     assert TorchFile(path).read("t").tolist() == [2, 3, 4, 5, 6]
 
 
+def test_archives_without_a_byte_order_and_of_any_name_are_read(tmp_path):
+    """torch before 2.1 wrote no byte order; the records are in a folder named after the file."""
+    path = save(tmp_path / "modèle 1.pt", {"t": TABLE})
+    np.testing.assert_array_equal(TorchFile(path).read("t"), TABLE.numpy())
+    replace_record(path, "byteorder", None)
+    np.testing.assert_array_equal(TorchFile(path).read("t"), TABLE.numpy())
+
+
 def test_an_unknown_tensor_is_answered_with_known_ones(tmp_path):
     opened = TorchFile(save(tmp_path / "x.pt", {"a": {"weight": TABLE}, "b": TABLE}))
     with pytest.raises(CheckpointError, match=r"x.pt holds no tensor c.weight. It holds 2, such as a.weight."):
@@ -240,7 +248,7 @@ def test_flipped_bytes_give_values_or_a_message(tmp_path, zipped):
         path.write_bytes(content)
         try:
             opened = TorchFile(path)
-            for key in opened.keys():
+            for key in list(opened.keys()):
                 assert opened.read(key).shape == opened.shape(key)
         except CheckpointError as err:
             assert "flipped.pt" in str(err)  # noqa: PT017  each flip may be harmless
@@ -355,7 +363,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
     path = save(tmp_path / "x.pt", {"a": TABLE})
     opened = TorchFile(path)
-    path.write_bytes(path.read_bytes()[:900])
+    path.write_bytes(path.read_bytes()[:400])
     with pytest.raises(CheckpointError, match="became shorter while it was read"):
         opened.read("a")
 

@@ -3,13 +3,18 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from made_up_movielens import made_up, write_recbole
 
 from dlrm_deploy.errors import ConfigError
+from dlrm_deploy.schemes import TableScheme
 from dlrm_deploy.train.recipe import Recipe
 
 RECIPES = Path(__file__).parents[2] / "dlrm_deploy" / "train" / "recipes"
 LAYERS = {"name": "m", "width": 4, "bottom_mlp": [4], "top_mlp": [1]}
+HASH = {"partition": "hash", "collisions": 4}
+CONCAT = {"partition": "quotient-remainder", "collisions": 4, "combine": "concat", "threshold": 100}
 GOOD = {
     "model": {"preset": "kaggle", "scale_rows": 0.001},
     "data": {"kind": "random", "size": 100},
@@ -36,13 +41,62 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
     assert Recipe.read(tmp_path / "r.toml").model.file == str(tmp_path / "m.json")
 
 
+def test_table_scheme_dense_and_features_come_back_from_toml(tmp_path):
+    model = {"name": "m", "width": 4, "top_mlp": [1], "interaction": "concat", "dense": False, "features": ["b", "a"]}
+    recipe = Recipe.from_dict({**GOOD, "model": {**model, "tables": CONCAT}, "data": {"kind": "movielens"}})
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    again = Recipe.read(tmp_path / "recipe.toml")
+    assert again == recipe
+    assert again.model.tables == TableScheme(**CONCAT)
+    assert (again.model.dense, again.model.features) == (False, ("b", "a"))
+
+
+def test_movielens_model_sees_what_the_recipe_chooses(tmp_path):
+    write_recbole(tmp_path / "ml", made_up())
+    movielens = {"kind": "movielens", "path": str(tmp_path / "ml")}
+    model = {"name": "m", "width": 4, "interaction": "fm", "features": ["item", "user"], "tables": HASH}
+    config, splits = Recipe.from_dict({**GOOD, "model": {**model, "dense": False}, "data": movielens}).load()
+    assert [feature.name for feature in config.features] == ["item", "user"]
+    assert all(table.partition == "hash" for table in config.tables)
+    splits.train.batch([0, 1])[0].check_fits(config)
+    everything, all_splits = Recipe.from_dict({**GOOD, "model": LAYERS, "data": movielens}).load()
+    names = [feature.name for feature in everything.features]
+    assert everything.dense_features
+    all_splits.test.batch([0])[0].check_fits(everything)
+    full, _ = all_splits.train.batch([3, 1])
+    chosen, _ = splits.train.batch([3, 1])
+    bags = [
+        full.indices[full.offsets[f] : full.offsets[f + 2]] for f in (2 * names.index("item"), 2 * names.index("user"))
+    ]
+    np.testing.assert_array_equal(chosen.indices, np.concatenate(bags))
+    with pytest.raises(ConfigError, match="no feature film in the data. Features: user, item"):
+        Recipe.from_dict({**GOOD, "model": {**model, "features": ["film", "user"]}, "data": movielens}).load()
+
+
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
         ("model", {}, "[model] needs one of: preset, file, or layers (name, width"),
         ("model", {"preset": "kaggle", "file": "x"}, "[model] needs one of"),
         ("model", {"preset": "kaggle", "width": 4}, "[model] needs one of"),
-        ("model", {"name": "m", "width": 4}, "[model] missing key bottom_mlp, top_mlp"),
+        ("model", {"name": "m", "bottom_mlp": [4]}, "[model] missing key width"),
+        ("model", {"dense": False, "wide": True}, "[model] missing key name, width"),
+        ("model", {"name": "m", "width": 4, "top_mlp": [1]}, "interaction dot needs a bottom MLP"),
+        ("model", {"name": "m", "width": 4, "bottom_mlp": [4]}, "top_mlp is empty, at least one layer is needed"),
+        ("model", {**LAYERS, "dense": False}, "a bottom MLP needs dense_features, and there are none"),
+        ("model", {**LAYERS, "dense": "no"}, "[model]: dense must be true or false, got 'no'"),
+        ("model", {**LAYERS, "wide": 1}, "[model]: wide must be true or false, got 1"),
+        ("model", {**LAYERS, "features": "user"}, "[model] features must be a list, got 'user'"),
+        ("model", {**LAYERS, "features": ["a", "a"]}, "feature names must differ, repeated: a"),
+        ("model", {**LAYERS, "features": [1]}, "name 1 must be letters"),
+        ("model", {**LAYERS, "branch1": [4]}, "branch1 belongs to interaction projection, not dot"),
+        ("model", {**LAYERS, "dense_transform": "log"}, "dense_transform must be one of none, log1p, log3, got 'log'"),
+        ("model", {**LAYERS, "interaction": "dcn-v1"}, "cross_layers must be a whole number of at least 1, got 0"),
+        ("model", {**LAYERS, "tables": "hash"}, "[model] tables must be a table of keys, got 'hash'"),
+        ("model", {**LAYERS, "tables": {"kind": "hash"}}, "[model.tables]: unknown key kind. Known keys: partition"),
+        ("model", {**LAYERS, "tables": {"partition": "hash"}}, "[model.tables]: partition hash takes collisions"),
+        ("model", {"preset": "kaggle", "tables": HASH}, "[model] needs one of: preset, file, or layers"),
+        ("model", {**LAYERS, "width": 5, "bottom_mlp": [5], "tables": CONCAT}, "width 5 is not a multiple of its 2"),
         ("model", {"file": "x", "scale_rows": 0.5}, "scale_rows goes with preset"),
         ("model", {"preset": "kaggle", "scale_rows": 0}, "scale_rows must be a number above 0, got 0"),
         ("model", {**LAYERS, "top_mlp": 1}, "[model] top_mlp must be a list, got 1"),
@@ -51,8 +105,12 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
         ("model", {"file": 5}, "[model] file must be a text, got 5"),
         ("model", {**LAYERS, "name": 5}, "model name 5 must be letters"),
         ("model", {**LAYERS, "width": "4"}, "width must be a whole number of at least 1, got '4'"),
-        ("model", {**LAYERS, "interaction": "cat"}, "interaction must be one of dot, concat, dcn, got 'cat'"),
-        ("model", {**LAYERS, "interaction": ["dot"]}, "interaction must be one of dot, concat, dcn, got ['dot']"),
+        (
+            "model",
+            {**LAYERS, "interaction": "cat"},
+            "interaction must be one of dot, concat, dcn, dcn-v1, projection, fm, got 'cat'",
+        ),
+        ("model", {**LAYERS, "interaction": ["dot"]}, "interaction must be one of dot, concat, dcn, dcn-v1, projec"),
         ("model", {**LAYERS, "self_interaction": "no"}, "[model]: self_interaction must be true or false, got 'no'"),
         ("model", {"preset": "kaggle", "self_interaction": 0}, "self_interaction must be true or false, got 0"),
         ("model", {**LAYERS, "bottom_mlp": [8]}, "the dot interaction needs one width"),

@@ -124,26 +124,20 @@ T AttributeOr(const Ort::ConstKernelInfo& info, const char* name, T otherwise) {
   }
 }
 
-// An attribute of several ints; none where it is absent. ONNX Runtime does not tell that from one
-// of another type, so those that a hand-written model may have are tried.
+// An attribute of several ints; none where it is absent. One of another type reads as empty.
 std::vector<int64_t> IntsOrNone(const Ort::ConstKernelInfo& info, const char* name) {
-  const auto is = [&](auto read) {
-    try {
-      read();
-      return true;
-    } catch (const Ort::Exception&) {
-      return false;
-    }
-  };
   std::vector<int64_t> ints;
-  if (is([&] { ints = info.GetAttributes<int64_t>(name); })) return ints;
-  if (is([&] { info.GetAttribute<int64_t>(name); }) ||
-      is([&] { info.GetAttribute<float>(name); }) || is([&] { info.GetAttributes<float>(name); }) ||
-      is([&] { info.GetAttribute<std::string>(name); })) {
-    throw Ort::Exception(std::string("attribute ") + name + " is of another type than ints",
-                         ORT_INVALID_ARGUMENT);
+  try {
+    ints = info.GetAttributes<int64_t>(name);
+  } catch (const Ort::Exception&) {
+    return ints;
   }
-  return {};
+  if (ints.empty()) {
+    throw Ort::Exception(
+        std::string("attribute ") + name + " is empty or of another type than ints",
+        ORT_INVALID_ARGUMENT);
+  }
+  return ints;
 }
 
 class EmbeddingBagKernel {

@@ -44,6 +44,26 @@ TEST(CApi, PoolsOneBag) {
   EXPECT_EQ(pooled, (std::vector<float>{3, 4}));
 }
 
+TEST(CApi, ACallerOfTheFirstVersionHasNoAttributesThatCameLater) {
+  static const int64_t four[] = {4}, two[] = {2}, garbage[] = {-1};
+  std::vector<float> pooled(2);
+  dlrm_deploy_embedding_bag bag = OneBag(pooled);
+  bag.ids = four;
+  bag.divisors = two;
+  static const int64_t last[] = {3};
+  bag.indices = last;
+  ASSERT_EQ(dlrm_deploy_run_embedding_bag(&bag, nullptr, 1), DLRM_DEPLOY_OK)
+      << dlrm_deploy_last_error();
+  EXPECT_EQ(pooled, (std::vector<float>{3, 4}));
+  bag = OneBag(pooled);
+  bag.struct_size = offsetof(dlrm_deploy_embedding_bag, ids);
+  bag.ids = bag.moduli = bag.divisors = bag.divisions = garbage;
+  ASSERT_EQ(dlrm_deploy_run_embedding_bag(&bag, nullptr, 1), DLRM_DEPLOY_OK)
+      << dlrm_deploy_last_error();
+  bag.struct_size -= 1;
+  EXPECT_EQ(dlrm_deploy_run_embedding_bag(&bag, nullptr, 1), DLRM_DEPLOY_BAD_INPUT);
+}
+
 TEST(CApi, EachWrongArgumentIsItsOwnError) {
   std::vector<float> pooled(2);
   const auto message = [&](auto change) {

@@ -290,6 +290,67 @@ TEST(EmbeddingBag, HugeAttributesAreRefusedWithoutOverflow) {
             "pooling factor 9223372036854775807 is out of range");
 }
 
+// Attributes and ids of any size, on every path: the same rows, all of them inside the slot.
+TEST(EmbeddingBag, ComputedRowsStayInsideTheirTablePartWhateverTheAttributes) {
+  std::mt19937_64 random(11);
+  const auto any = [&](int64_t least, int64_t most) {  // of every magnitude
+    const uint64_t value = random() >> (random() % 64);
+    return least + static_cast<int64_t>(value % (static_cast<uint64_t>(most - least) + 1));
+  };
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  for (int round = 0; round < 300; ++round) {
+    const std::vector<int64_t> ones(40, 1);
+    BagCase c = MakeCase("computed", {ones, ones}, {1 + any(0, 8), 1 + any(0, 8)}, 3);
+    constexpr IndexPolicy kPolicies[] = {IndexPolicy::kClamp, IndexPolicy::kModulo,
+                                         IndexPolicy::kZero};
+    c.attributes.index_policy = kPolicies[round % 3];
+    for (int t = 0; t < 2; ++t) {
+      c.attributes.ids.push_back(any(1, int64_t{1} << 62));
+      c.attributes.moduli.push_back(random() % 2 == 0 ? 0 : any(0, kMost));
+      c.attributes.divisors.push_back(any(1, kMost));
+      c.attributes.divisions.push_back(static_cast<int64_t>(random() % 3));
+    }
+    for (int64_t& id : c.indices) {
+      id = static_cast<int64_t>(random() % 2 == 0 ? random() : random() >> (random() % 64));
+    }
+    const Result expected = RunAs<int64_t>(c, Scalar(), 1);
+    ASSERT_FALSE(expected.error) << *expected.error;
+    for (size_t i = 0; i < expected.pooled.size(); i += 3) {
+      const size_t t = i / 3 % 2;
+      bool inside = expected.pooled[i] == 0.0f && c.attributes.index_policy == IndexPolicy::kZero;
+      for (int64_t r = 0; r < c.attributes.rows[t]; ++r) {
+        const size_t row = static_cast<size_t>((c.attributes.row_starts[t] + r) * 3);
+        inside |= std::memcmp(&c.weights[row], &expected.pooled[i], 3 * sizeof(float)) == 0;
+      }
+      ASSERT_TRUE(inside) << "round " << round << ", bag " << i / 3;
+    }
+    for (const KernelPath& path : AllKernelPaths()) {
+      if (!path.supported()) continue;
+      EXPECT_EQ(Bits(RunAs<int64_t>(c, path, 2).pooled), Bits(expected.pooled)) << path.name;
+    }
+  }
+}
+
+TEST(EmbeddingBag, SlotsOfOneFeatureReadTheDigitsOfItsIds) {
+  BagCase c = MakeCase("digits", {{2, 1}}, {5}, 1);
+  c.weights = {10, 20, 1, 2, 3};
+  c.attributes.features = {0, 0};
+  c.attributes.row_starts = {0, 2};
+  c.attributes.rows = {2, 3};
+  c.attributes.ids = {6, 6};
+  c.attributes.divisors = {3, 1};
+  c.attributes.mean = {0, 0};
+  c.indices = {0, 5, 4};
+  for (const KernelPath& path : AllKernelPaths()) {
+    if (!path.supported()) continue;
+    EXPECT_EQ(RunAs<int64_t>(c, path, 1).pooled, (std::vector<float>{30, 4, 20, 2})) << path.name;
+    EXPECT_EQ(RunAs<int32_t>(c, path, 1).pooled, (std::vector<float>{30, 4, 20, 2})) << path.name;
+  }
+  c.indices[1] = 6;
+  EXPECT_NE(RunAs<int64_t>(c, Scalar(), 1).error->find("id 6 is outside [0, 6)"),
+            std::string::npos);
+}
+
 // Rows beyond 2^31 elements and beyond 2^32 bytes: reserved address space of which two rows are
 // real.
 TEST(EmbeddingBag, RowsAreAddressedInSixtyFourBits) {

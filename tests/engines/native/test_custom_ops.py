@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from awkward import BagCase, awkward_bags, csr_case, fixed_case
+from awkward import BagCase, awkward_bags, computed_bags, csr_case, fixed_case
 from onnx import TensorProto, helper
 
 import dlrm_deploy
@@ -83,6 +83,12 @@ def run_interaction(dense: np.ndarray, embeddings: np.ndarray, **attributes: Any
 @pytest.mark.parametrize("case", awkward_bags(), ids=lambda case: case.name)
 def test_awkward_bags_equal_the_reference(case):
     np.testing.assert_array_equal(run_bag(case), case.expected())
+
+
+@pytest.mark.parametrize("policy", ["error", "modulo"])
+def test_rows_are_computed_from_ids_like_the_reference_s(policy):
+    for case in computed_bags(policy):
+        np.testing.assert_array_equal(run_bag(case), case.expected(), err_msg=case.name)
 
 
 def test_one_session_takes_any_batch_size():
@@ -162,6 +168,11 @@ def test_bad_inputs_are_errors_that_say_what_is_wrong(changed, message):
         ({"index_policy": "wrap"}, "expected error, clamp, modulo or zero"),
         ({"feature_names": "a\nb"}, "attribute feature_names has 2 values, expected one per feature: 1"),
         ({"pooling_factors": [1, 2]}, "attribute pooling_factors has 2 values, expected one per feature: 1"),
+        ({"divisors": [1, 1]}, "attribute divisors has 2 values, expected one per slot: 1"),
+        ({"ids": [0]}, "attribute ids of slot 0 is 0, expected 1 to 4611686018427387904"),
+        ({"ids": 9}, "attribute ids is empty or of another type than ints"),
+        ({"divisions": "exact"}, "attribute divisions is empty or of another type than ints"),
+        ({"moduli": [2.0]}, "attribute moduli is empty or of another type than ints"),
         ({"rows": None}, "attribute rows is missing"),
         ({"mean": None}, "attribute mean is missing"),
     ],

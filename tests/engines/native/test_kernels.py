@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from awkward import awkward_bags, csr_case, fixed_case, out_of_range_bags
+from awkward import BagCase, awkward_bags, computed_bags, csr_case, fixed_case, out_of_range_bags
 from native_calls import NativeError
 
 from dlrm_deploy.errors import BatchError
@@ -34,6 +34,34 @@ def test_every_path_pools_awkward_bags_bit_for_bit_like_the_reference(native, pa
 def test_ids_out_of_range_follow_the_policy(native, path, policy, kind):
     case = out_of_range_bags(policy)[kind]
     assert same_bits(native.embedding_bag(case, path), case.expected())
+
+
+@pytest.mark.parametrize("policy", ["error", "clamp", "modulo", "zero"])
+def test_rows_are_computed_from_ids_like_the_reference_s(native, policy):
+    for case in computed_bags(policy):
+        expected = case.expected()
+        for path in native.kernel_paths():
+            assert same_bits(native.embedding_bag(case, path), expected), f"{case.name} on {path}"
+
+
+def quotient_case(divisor, division):
+    """One id a bag, next to multiples of the divisor; the row of 2^18 that it reads is what is pooled."""
+    rows = 2**18
+    k = np.random.default_rng(divisor).integers(1, rows, 20_000)
+    attributes = {
+        "num_features": 1, "features": (0,), "row_starts": (0,), "rows": (rows,), "ids": (rows * divisor,),
+        "divisors": (divisor,), "divisions": (division,), "mean": (0,), "pooling_factors": (1,),
+    }  # fmt: skip
+    indices = np.concatenate([k * divisor - 1, k * divisor, k * divisor + 1])
+    return BagCase("quotient", np.arange(rows, dtype=np.float32)[:, None], indices, None, attributes)
+
+
+@pytest.mark.parametrize("divisor", [41, 60, 1000, 2**40 + 1])
+def test_float32_quotients_are_the_reference_s(native, divisor):
+    for division in (0, 1, 2):
+        case = quotient_case(divisor, division)
+        assert same_bits(native.embedding_bag(case, "scalar"), case.expected())
+    assert not same_bits(quotient_case(divisor, 2).expected(), quotient_case(divisor, 0).expected())
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 15, 16, 17, 31, 32, 33, 64, 100, 128, 200])
@@ -89,6 +117,18 @@ def test_the_message_about_a_bad_id_is_the_reference_s(native):
         assert str(seen.value) == str(expected.value)
 
 
+def test_the_message_names_the_id_as_given_and_the_slot_with_the_fewest_ids(native):
+    case = fixed_case("parts", [1], 4, rows=(2, 2, 2), features=(0, 0, 0))
+    case.indices[:] = 1, 1, 25, 26
+    for moduli in ((0, 0, 3), (0, 0, 20)):
+        parts = dataclasses.replace(case, attributes=case.attributes | {"ids": (8, 6, 4), "moduli": moduli})
+        with pytest.raises(BatchError) as expected:
+            parts.expected()
+        with pytest.raises(NativeError) as seen:
+            native.embedding_bag(parts, "scalar")
+        assert str(seen.value) == str(expected.value)
+
+
 def test_ids_of_features_that_no_slot_pools_are_not_looked_at(native, path):
     case = csr_case("unused", [[1, 1], [2, 0]], rows=(5,), features=(0,))
     case.indices[2:] = 10**12
@@ -109,6 +149,11 @@ def test_ids_of_features_that_no_slot_pools_are_not_looked_at(native, path):
         ({"attributes": {"rows": (0,)}}, "has 0 rows"),
         ({"attributes": {"features": (1,)}}, r"feature 1 of slot 0 is outside \[0, 1\)"),
         ({"attributes": {"mean": (2,)}}, "attribute mean of slot 0 is 2, expected 0 or 1"),
+        ({"attributes": {"ids": (0,)}}, "attribute ids of slot 0 is 0, expected 1 to 4611686018427387904"),
+        ({"attributes": {"ids": (2**62 + 1,)}}, "expected 1 to 4611686018427387904"),
+        ({"attributes": {"moduli": (-1,)}}, "attribute moduli of slot 0 is -1, expected at least 0"),
+        ({"attributes": {"divisors": (0,)}}, "attribute divisors of slot 0 is 0, expected at least 1"),
+        ({"attributes": {"divisions": (3,)}}, "attribute divisions of slot 0 is 3, expected 0, 1 or 2"),
         ({"attributes": {"index_policy": "wrap"}}, 'index_policy is "wrap", expected error, clamp, modulo or zero'),
         ({"attributes": {"pooling_factors": (1,)}}, "both pooling_factors and offsets"),
         ({"attributes": {"pooling_factors": (2**62,)}, "offsets": None}, "expected a multiple of the sum"),

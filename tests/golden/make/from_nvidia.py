@@ -65,9 +65,9 @@ def stub() -> None:
 
 
 def all_to_all(received: list[torch.Tensor], sent: list[torch.Tensor]) -> None:
-    """What gloo lacks: tensors of unequal sizes. `received[r]` is filled with what rank r has in `sent` for this one."""
+    """What gloo lacks: tensors of unequal sizes, and of other shapes with as many elements. `received[r]` is filled with what rank r has in `sent` for this one."""
     rank = torch.distributed.get_rank()
-    received[rank].copy_(sent[rank])
+    received[rank].copy_(sent[rank].reshape(received[rank].shape))
     others = [r for r in range(len(sent)) if r != rank]
     waiting = [torch.distributed.isend(sent[r].contiguous(), r) for r in others]
     for r in others:
@@ -123,7 +123,7 @@ def make(name: str) -> None:
 
     sparse = [p for n, p in model.named_parameters() if "embeddings" in n]
     dense = [p for n, p in model.named_parameters() if "embeddings" not in n]
-    optimizers = [torch.optim.SGD(group, lr=0.3) for group in (sparse, dense) if group]
+    optimizers = [torch.optim.Adagrad(group, lr=0.1) for group in (sparse, dense) if group]
     for step in range(STEPS):
         labels = (torch.arange(inputs.SAMPLES) * 7 % 3 == 0).float()[mine]
         for optimizer in optimizers:

@@ -1,0 +1,170 @@
+"""Errors planted in a bundle, one stage at a time: each is found where it was planted."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from bundles import CONFIGS, make_bundle
+from onnx import helper, numpy_helper
+
+from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.data.random import random_batch
+from dlrm_deploy.engines.registry import open_engine
+from dlrm_deploy.errors import EngineError
+from dlrm_deploy.files import sha256_file
+from dlrm_deploy.model.keys import bottom_keys, top_keys
+from dlrm_deploy.parity.batch_file import read_batch
+from dlrm_deploy.parity.bisect import bisect, save_reproducer
+from dlrm_deploy.parity.check import check_parity
+
+ENGINES = ("onnxruntime", "onnxruntime-stock")
+
+
+def rehash(bundle):
+    """List the files as they are now: an error that was made before the hashes were taken."""
+    manifest = json.loads((bundle.path / "manifest.json").read_text())
+    for name, record in manifest["files"].items():
+        path = bundle.path / name
+        record["size"], record["sha256"] = path.stat().st_size, sha256_file(path)
+    (bundle.path / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.open(bundle.path, verify="full")
+
+
+def change_weight(bundle, key, change):
+    """Replace a weight of the graph."""
+    model = onnx.load(bundle.model_path, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == key)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(tensor))), key))
+    onnx.save(model, bundle.model_path)
+
+
+def put_behind(bundle, tensor, make_nodes):
+    """Put nodes between a tensor and everything that reads it; they read `<tensor>_true` and give `tensor`."""
+    model = onnx.load(bundle.model_path, load_external_data=False)
+    (at,) = [i for i, node in enumerate(model.graph.node) if tensor in node.output]
+    model.graph.node[at].output[0] = f"{tensor}_true"
+    for offset, node in enumerate(make_nodes(f"{tensor}_true", tensor), start=1):
+        model.graph.node.insert(at + offset, node)
+    onnx.save(model, bundle.model_path)
+
+
+def constant(name, value):
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.asarray(value)))
+
+
+def wrong_row(bundle):
+    matrix = np.memmap(bundle.path / "tables/width8.bin", np.float32, "r+", shape=bundle.map_tables()[0].shape)
+    matrix[bundle.config.groups[0].rows_of("t_b").start + 3] *= -1
+    matrix.flush()
+
+
+def swapped_pairs(bundle):
+    def nodes(true, given):
+        order = np.arange(bundle.config.interaction_width)
+        order[[8, 9]] = order[[9, 8]]
+        return [constant("order", order), helper.make_node("Gather", [true, "order"], [given], axis=1)]
+
+    put_behind(bundle, "interactions", nodes)
+
+
+def transposed_layer(bundle):
+    change_weight(bundle, top_keys(bundle.config)[1][0], lambda weight: weight.T)
+
+
+def lost_bias(bundle):
+    change_weight(bundle, bottom_keys(bundle.config)[0][1], np.zeros_like)
+
+
+def zeroed_bag(bundle):
+    def nodes(true, given):
+        mask = np.ones((1, 3, 1), np.float32)
+        mask[0, 1] = 0
+        return [constant("mask", mask), helper.make_node("Mul", [true, "mask"], [given])]
+
+    put_behind(bundle, "pooled_width8", nodes)
+
+
+# A square layer, so that its transpose has the right shape.
+SQUARE = replace(CONFIGS["dot"], name="square", top_mlp=(12, 12, 1))
+PLANTED = {
+    "wrong_row": (wrong_row, "table t_b"),
+    "swapped_pairs": (swapped_pairs, "interaction"),
+    "transposed_layer": (transposed_layer, "top MLP, layer 1"),
+    "lost_bias": (lost_bias, "bottom MLP, layer 0"),
+    "zeroed_bag": (zeroed_bag, "feature b, table t_b"),
+}
+
+
+@pytest.fixture
+def square_bundle(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "square", SQUARE)
+    return make_bundle("square", tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_error_fails_the_check_and_is_found_at_its_stage(planted, engine, square_bundle):
+    plant, stage = PLANTED[planted]
+    plant(square_bundle)
+    bundle = rehash(square_bundle)
+    report = check_parity(bundle, engine, threads=1, sizes=(37,))
+    assert not report.passed
+    batch = random_batch(bundle.config, 64, np.random.default_rng(0))
+    found = bisect(bundle, engine, batch, threads=1)
+    moving = [departure for departure in found.departures if not departure.stage.startswith("weight")]
+    assert moving[0].stage == stage
+    assert len(moving) == 1  # stages behind it give what they should for what they got
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_stage_of_a_right_bundle_departs(engine, any_bundle):
+    batch = random_batch(any_bundle.config, 64, np.random.default_rng(1))
+    found = bisect(any_bundle, engine, batch, threads=1)
+    assert found.departures == ()
+    assert found.stages > len(any_bundle.config.features)
+    assert "no stage departs" in found.summary()
+
+
+def test_the_worst_sample_is_saved_and_shows_the_error_again(square_bundle, tmp_path):
+    zeroed_bag(square_bundle)
+    bundle = rehash(square_bundle)
+    batch = random_batch(bundle.config, 64, np.random.default_rng(0))
+    departure = bisect(bundle, "onnxruntime-stock", batch, threads=1).first
+    save_reproducer(tmp_path / "worst.npz", departure)
+    saved, arrays = read_batch(tmp_path / "worst.npz")
+    assert saved.batch_size == 1
+    assert str(arrays["stage"]) == "feature b, table t_b"
+    np.testing.assert_array_equal(saved.indices, batch.rows(departure.row, departure.row + 1).indices)
+    assert bisect(bundle, "onnxruntime-stock", saved, threads=1).first.stage == departure.stage
+    with open_engine(bundle, "torch") as torch, open_engine(bundle, "onnxruntime-stock") as stock:
+        assert abs(torch.predict(saved)[0] - stock.predict(saved)[0]) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        (lambda weight: weight[:, ::-1], "columns in another order"),
+        (np.zeros_like, "holds zeros"),
+        (lambda weight: weight + (np.arange(weight.size).reshape(weight.shape) == 3), "1 of 144 values"),
+    ],
+)
+def test_a_changed_weight_is_described(change, detail, square_bundle):
+    key = top_keys(square_bundle.config)[1][0]
+    change_weight(square_bundle, key, lambda weight: change(weight).astype(np.float32))
+    first = bisect(rehash(square_bundle), "onnxruntime-stock", random_batch(SQUARE, 8, np.random.default_rng(0))).first
+    assert first.stage == f"weight {key}"
+    assert detail in first.detail
+
+
+def test_a_value_that_is_not_a_number_departs(square_bundle):
+    put_behind(square_bundle, "top_0", lambda true, given: [
+        constant("nan", np.float32(np.nan)), helper.make_node("Mul", [true, "nan"], [given])])  # fmt: skip
+    batch = random_batch(SQUARE, 8, np.random.default_rng(0))
+    assert bisect(rehash(square_bundle), "onnxruntime-stock", batch).first.stage == "top MLP, layer 0"
+
+
+def test_an_engine_without_inner_tensors_says_so(square_bundle):
+    with pytest.raises(EngineError, match="engine torch does not show what happens inside"):
+        bisect(square_bundle, "torch", random_batch(SQUARE, 8, np.random.default_rng(0)))

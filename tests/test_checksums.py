@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+from bundles import make_bundle
+
+from dlrm_deploy.checksums import BLOCK_ROWS, RowChecksums, altered_rows, altered_weights, weight_checksum
+
+
+@pytest.mark.parametrize("pieces", [[2500], [1, 2499], [1023, 2, 1475], [1024, 1024, 452], [7] * 357 + [1]])
+def test_checksums_do_not_depend_on_how_rows_arrive(pieces):
+    rows = np.random.default_rng(0).standard_normal((2500, 3), np.float32)
+    whole, split = RowChecksums(), RowChecksums()
+    whole.add(rows)
+    for start, count in zip(np.cumsum([0, *pieces]), pieces, strict=False):
+        split.add(rows[start : start + count])
+    assert len(whole.finish()) == 3
+    np.testing.assert_array_equal(split.finish(), whole.finish())
+
+
+def test_rows_that_are_not_contiguous_have_the_same_checksum():
+    rows = np.random.default_rng(0).standard_normal((10, 6), np.float32)
+    one, other = RowChecksums(), RowChecksums()
+    one.add(rows[:, ::2])
+    other.add(rows[:, ::2].copy())
+    np.testing.assert_array_equal(one.finish(), other.finish())
+
+
+def test_an_exported_bundle_is_as_it_was(any_bundle):
+    assert list(altered_rows(any_bundle)) == []
+    assert list(altered_weights(any_bundle)) == []
+
+
+def test_one_changed_value_is_placed_in_its_table_and_block(tmp_path):
+    bundle = make_bundle("dot", tmp_path / "bundle")
+    (group,) = bundle.config.groups
+    row = group.rows_of("t_b").start + 2
+    matrix = np.memmap(bundle.path / "tables/width8.bin", np.float32, "r+", shape=(group.rows, 8))
+    matrix[row, 5] += 1e-3
+    matrix.flush()
+    assert list(altered_rows(bundle)) == [("t_b", 0, group.parts[1].rows - 1)]
+    assert group.parts[1].rows <= BLOCK_ROWS
+
+
+def test_a_weights_shape_counts():
+    weight = np.arange(6, dtype=np.float32)
+    assert weight_checksum(weight.reshape(2, 3)) != weight_checksum(weight.reshape(3, 2))
