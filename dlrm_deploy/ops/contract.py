@@ -15,6 +15,13 @@ from dlrm_deploy.errors import BatchError
 from dlrm_deploy.tables import DIVISIONS, MAX_IDS, TableGroup, TablePart
 
 _MOST = (1 << 63) - 1  # of an ONNX attribute
+_LIMITS = (("mean", 0, 1), ("ids", 1, MAX_IDS), ("moduli", 0, _MOST), ("divisors", 1, _MOST), ("divisions", 0, 2))
+
+SCHEMA_FIELDS = (
+    "num_features", "features", "row_starts", "rows", "ids", "moduli", "divisors", "divisions", "mean",
+    "pooling_factors", "index_policy",
+)  # fmt: skip
+"""Fields that the PyTorch op takes, in the order of its schema."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,18 +194,18 @@ class BagAttributes:
             values = len(getattr(self, name))
             if values != slots:
                 raise BatchError(f"{name} has {values} values, expected one per slot: {slots}.")
-        for t in range(slots):
-            feature, start, count = self.features[t], self.row_starts[t], self.rows[t]
+        for t, (feature, start, count) in enumerate(zip(self.features, self.row_starts, self.rows, strict=True)):
             if not 0 <= feature < self.num_features:
                 raise BatchError(f"slot {t}: feature {feature} is outside [0, {self.num_features}).")
             if start < 0 or count < 1 or start + count > group_rows:
                 raise BatchError(
                     f"slot {t}: rows {start} to {start + count} are not within the {group_rows} rows of weights."
                 )
-            for name, least, most in _LIMITS:
-                value = getattr(self, name)[t]
-                if not least <= value <= most:
-                    raise BatchError(f"slot {t}: {name} must be in [{least}, {most}], got {value}.")
+        for name, least, most in _LIMITS:
+            numbers = getattr(self, name)
+            if min(numbers) < least or max(numbers) > most:
+                t = next(t for t, number in enumerate(numbers) if not least <= number <= most)
+                raise BatchError(f"slot {t}: {name} must be in [{least}, {most}], got {numbers[t]}.")
         if self.index_policy not in INDEX_POLICIES:
             raise BatchError(f"index_policy must be one of {', '.join(INDEX_POLICIES)}, got {self.index_policy!r}.")
 
@@ -209,15 +216,6 @@ class BagAttributes:
             )
         if ids % sum(factors):
             raise BatchError(f"{ids} ids are not a multiple of {sum(factors)}, the sum of the pooling factors.")
-
-
-SCHEMA_FIELDS = (
-    "num_features", "features", "row_starts", "rows", "ids", "moduli", "divisors", "divisions", "mean",
-    "pooling_factors", "index_policy",
-)  # fmt: skip
-"""Fields that the PyTorch op takes, in the order of its schema."""
-
-_LIMITS = (("mean", 0, 1), ("ids", 1, MAX_IDS), ("moduli", 0, _MOST), ("divisors", 1, _MOST), ("divisions", 0, 2))
 
 
 def check_interaction(dense: Any, embeddings: Any) -> None:

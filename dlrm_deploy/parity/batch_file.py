@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.errors import BatchError, DataError
-from dlrm_deploy.files import atomic_file
 
 _NEEDED = ("dense", "indices", "offsets")
 
@@ -45,16 +44,3 @@ def read_batch(path: Path) -> tuple[Batch, dict[str, npt.NDArray[Any]]]:
     except BatchError as err:
         raise DataError(f"{path}: {err}") from err
     return batch, arrays
-
-
-def write_batch(path: Path, batch: Batch) -> None:
-    """Write a batch so that `read_batch` gives it back.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    arrays = {"dense": batch.dense, "indices": batch.indices, "offsets": batch.offsets}
-    if batch.weights is not None:
-        arrays["weights"] = batch.weights
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)

@@ -401,14 +401,13 @@ def read_golden(path: Path, config: ModelConfig) -> Golden:
 
 def _read_arrays(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ConfigError(f"--golden {path} holds a single array, expected a .npz file of several.")
-            return {name: file[name] for name in file.files}
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.ndarray):
+            with loaded as file:
+                return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as err:
-        if isinstance(err, ConfigError):
-            raise
         raise ConfigError(f"cannot read --golden {path}: {err}. Expected a file written by numpy.savez.") from err
+    raise ConfigError(f"--golden {path} holds a single array, expected a .npz file of several.")
 
 
 def _cast(values: Array, kinds: str, dtype: type[np.generic]) -> Array:

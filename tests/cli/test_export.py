@@ -1,12 +1,19 @@
 import json
+import pickle
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from bundles import make_bundle
 from click.testing import CliRunner
 
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.cli.main import cli
 from dlrm_deploy.presets import preset
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "facebook"
 
 
 def run(*arguments):
@@ -40,8 +47,11 @@ def test_seed_ids_and_index_policy_are_taken(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either CHECKPOINT or --preset"),
-        (["checkpoint", "--preset", "kaggle"], "give either CHECKPOINT or --preset"),
+        ([], "give either SOURCE or --preset"),
+        (["checkpoint", "--preset", "kaggle"], "give either SOURCE or --preset"),
+        (["--preset", "kaggle", "--modulo", "3", "--from", "auto"], "--from, --modulo goes with SOURCE, not --preset"),
+        (["checkpoint", "--from", "hugectr"], "Invalid value for '--from'"),
+        (["checkpoint", "--modulo", "0"], "Invalid value for '--modulo'"),
         (["checkpoint", "--seed", "1"], "--scale-rows and --seed go with --preset"),
         (["--preset", "kaggle", "--seed", "-1"], "Invalid value for '--seed'"),
         (["--preset", "criteo"], "Invalid value for '--preset'"),
@@ -55,7 +65,7 @@ def test_wrong_usage_exits_2(arguments, message, tmp_path):
 
 
 def test_rows_beyond_any_disk_are_an_error(tmp_path):
-    result = run("--preset", "kaggle", "--scale-rows", "1e30", "--out", tmp_path / "bundle")
+    result = run("--preset", "kaggle", "--scale-rows", "1e10", "--out", tmp_path / "bundle")
     assert result.exit_code == 3
     assert "more than any disk holds" in result.output
 
@@ -80,3 +90,119 @@ def test_a_place_that_cannot_be_written_exits_3(tmp_path):
     result = run("--preset", "kaggle", "--scale-rows", "1e-5", "--out", tmp_path / "file" / "bundle")
     assert result.exit_code == 3
     assert "cannot write" in result.output
+
+
+def golden_file(variant, path):
+    """The project's own inputs and outputs, in the form of --golden."""
+    with np.load(GOLDEN / f"{variant}.npz") as file:
+        arrays = {name: file[name] for name in ("dense", "indices", "offsets")}
+        np.savez(path, probabilities=file["expected"], **arrays)
+    return path
+
+
+def test_a_foreign_checkpoint_becomes_a_bundle_and_says_what_was_recognised(tmp_path):
+    golden = golden_file("md", tmp_path / "golden.npz")
+    result = run(
+        GOLDEN / "md.pt", "--golden", golden, "--features", "a,b, c,d,e", "--name", "md", "--out", tmp_path / "b"
+    )
+    assert result.exit_code == 0, result.output
+    for text in (
+        "facebookresearch/dlrm checkpoint md.pt",
+        "bottom 5-8, interaction dot, top 23-8-1",
+        "tables: 2 plain, 3 plain with projection",
+        "dense values: as given",
+        "Wrote ",
+        "Next: dlrm-deploy check",
+    ):
+        assert text in result.stdout
+    bundle = Bundle.open(tmp_path / "b", verify="full")
+    assert bundle.config.name == "md"
+    assert [feature.name for feature in bundle.config.features] == list("abcde")
+    assert len(bundle.golden().probabilities) == 24
+
+
+def test_json_says_what_was_recognised(tmp_path):
+    result = run(GOLDEN / "cat.pt", "--from", "facebook", "--json", "--out", tmp_path / "bundle")
+    facts = json.loads(result.stdout)
+    assert facts["model"] == "imported"
+    assert any("interaction concat" in line for line in facts["recognised"])
+
+
+def test_every_option_for_foreign_checkpoints_is_taken(tmp_path):
+    options = ["--qr-operation", "add", "--quotient", "exact", "--dense-transform", "log1p", "--modulo", "110"]
+    result = run(
+        GOLDEN / "qr-add.pt", *options, "--interaction", "dot", "--allow-unknown", "--out", tmp_path / "bundle"
+    )
+    assert result.exit_code == 0, result.output
+    config = Bundle.open(tmp_path / "bundle").config
+    assert {table.combine for table in config.tables} == {"add"}
+    assert (config.dense_transform, config.features[0].modulo) == ("log1p", 110)
+
+
+def test_a_config_file_is_taken_instead_of_shapes(tmp_path):
+    assert run(GOLDEN / "one-layer.pt", "--interaction", "cat", "--out", tmp_path / "a").exit_code == 0
+    config = Bundle.open(tmp_path / "a").config
+    (tmp_path / "model.toml").write_text(config.to_toml())
+    assert run(GOLDEN / "one-layer.pt", "--config", tmp_path / "model.toml", "--out", tmp_path / "b").exit_code == 0
+    assert Bundle.open(tmp_path / "b").config == config
+    result = run(GOLDEN / "one-layer.pt", "--config", tmp_path / "nowhere.toml", "--out", tmp_path / "c")
+    assert result.exit_code == 3
+    assert "cannot read" in result.output
+
+
+def test_outputs_that_differ_from_the_golden_file_leave_no_bundle(tmp_path):
+    golden = golden_file("loss-threshold", tmp_path / "golden.npz")
+    result = run(GOLDEN / "loss-threshold.pt", "--golden", golden, "--out", tmp_path / "bundle")
+    assert result.exit_code == 3
+    assert "golden.npz differs by" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["golden.npz"]
+
+
+class _Runs:
+    """What a malicious file holds: a call that leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def test_a_malicious_checkpoint_runs_nothing_and_leaves_nothing(tmp_path):
+    mark, path = tmp_path / "mark", tmp_path / "model.pt"
+    state = torch.load(GOLDEN / "plain-dot.pt", weights_only=False)["state_dict"]
+    torch.save({"state_dict": state, "epoch": _Runs(mark)}, path)
+    result = run(path, "--out", tmp_path / "bundle")
+    assert result.exit_code == 3
+    assert "it was not called" in result.output
+    path.write_bytes(pickle.dumps(_Runs(mark)))
+    assert run(path, "--out", tmp_path / "bundle").exit_code == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_checkpoint_leaves_nothing(share, tmp_path):
+    whole = (GOLDEN / "plain-dot.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(whole[: int(share * len(whole))])
+    result = run(tmp_path / "model.pt", "--out", tmp_path / "bundle")
+    assert result.exit_code == 3
+    assert result.output.startswith("Error: ")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_checkpoint_with_a_record_missing_leaves_nothing(tmp_path):
+    with zipfile.ZipFile(GOLDEN / "plain-dot.pt") as whole, zipfile.ZipFile(tmp_path / "model.pt", "w") as part:
+        for name in whole.namelist():
+            if not name.endswith("data/2"):
+                part.writestr(name, whole.read(name))
+    result = run(tmp_path / "model.pt", "--out", tmp_path / "bundle")
+    assert result.exit_code == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_help_shows_the_options_of_foreign_checkpoints_in_a_section_of_their_own():
+    text = run("--help").stdout
+    own, foreign = text.split("Checkpoints of other projects")
+    assert "--out" in own
+    assert "--qr-operation" not in own
+    assert "--qr-operation" in foreign

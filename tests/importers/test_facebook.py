@@ -347,7 +347,7 @@ def test_layers_that_a_config_does_not_have_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no place for state_dict.bot_l.2.weight, state_dict.bot_l.2.bias"):
         opened(path, config=replace(config, bottom_mlp=(4,)))
     with pytest.raises(
-        CheckpointError, match=r"--config needs over_arch.model.0._mlp.1._linear.weight \[1, 1\], and the"
+        CheckpointError, match=r"--config needs over_arch.model.1.weight \[1, 1\], and the checkpoint h"
     ):
         opened(path, config=replace(config, top_mlp=(5, 1, 1)))
 

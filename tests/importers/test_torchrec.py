@@ -100,8 +100,8 @@ def test_mean_pooling_comes_from_the_config(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_file_of_sharded_tensors_is_refused_with_the_way_to_save_them(rank):
-    with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
+def test_a_file_that_one_process_of_several_wrote_is_refused(rank):
+    with pytest.raises(CheckpointError, match=r"names torch\._utils\._rebuild_wrapper_subclass.* not called\. .*ave "):
         open_source(GOLDEN / "torchrec" / f"rank-files{rank}.pt", "auto", ImportOptions())
 
 

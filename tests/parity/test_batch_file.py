@@ -4,7 +4,13 @@ from bundles import CONFIGS
 
 from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.errors import DataError
-from dlrm_deploy.parity.batch_file import read_batch, write_batch
+from dlrm_deploy.parity.batch_file import read_batch
+
+FIELDS = ("dense", "indices", "offsets", "weights")
+
+
+def save(path, batch):
+    np.savez(path, **{field: getattr(batch, field) for field in FIELDS if getattr(batch, field) is not None})
 
 
 @pytest.mark.parametrize("name", ["dot", "weighted"])
@@ -12,13 +18,12 @@ from dlrm_deploy.parity.batch_file import read_batch, write_batch
 @pytest.mark.parametrize("size", [0, 5])
 def test_a_batch_comes_back_as_it_was_written(tmp_path, name, index_dtype, size):
     batch = random_batch(CONFIGS[name], size, np.random.default_rng(0), index_dtype=index_dtype)
-    write_batch(tmp_path / "batch.npz", batch)
+    save(tmp_path / "batch.npz", batch)
     again, others = read_batch(tmp_path / "batch.npz")
     assert others == {}
     assert again.indices.dtype == index_dtype
-    for field in ("dense", "indices", "offsets", "weights"):
+    for field in FIELDS:
         np.testing.assert_array_equal(getattr(again, field), getattr(batch, field))
-    assert [path.name for path in tmp_path.iterdir()] == ["batch.npz"]
 
 
 def test_other_arrays_are_handed_back(tmp_path):
@@ -48,7 +53,7 @@ def test_pickles_and_damaged_files_are_refused(tmp_path):
     (tmp_path / "text.npz").write_text("no zip")
     (tmp_path / "empty.npz").write_bytes(b"")
     good = tmp_path / "good.npz"
-    write_batch(good, random_batch(CONFIGS["dot"], 3, np.random.default_rng(0)))
+    save(good, random_batch(CONFIGS["dot"], 3, np.random.default_rng(0)))
     (tmp_path / "cut.npz").write_bytes(good.read_bytes()[:-30])
     for name in ("pickle", "array", "text", "empty", "cut", "absent"):
         with pytest.raises(DataError, match=f"cannot read .*{name}.npz"):

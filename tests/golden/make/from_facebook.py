@@ -123,7 +123,9 @@ def main() -> None:
     for variant in names or VARIANTS:
         ranks = 2 if variant == "ddp-rank" else 1
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"} if ranks == 2 else {}
-        environments = [os.environ | group | ({"RANK": str(r), "LOCAL_RANK": str(r)} if group else {}) for r in range(ranks)]
+        environments = [
+            os.environ | group | ({"RANK": str(r), "LOCAL_RANK": str(r)} if group else {}) for r in range(ranks)
+        ]
         command = [sys.executable, __file__, "--one", variant]
         processes = [subprocess.Popen(command, cwd=source, env=environment) for environment in environments]
         if any([process.wait() for process in processes]):

@@ -24,14 +24,16 @@ GOLDEN = Path(__file__).resolve().parents[1] / "nvidia"
 DENSE_WIDTH, STEPS = 5, 6
 DULL = 3  # exit status of a variant whose outputs hardly differ: another seed is tried
 SIZES = (30, 100, 7, 50)
-SMALL = "--embedding_dim 4 --bottom_mlp_sizes 8,4 --top_mlp_sizes 8,4,1 --embedding_type multi_table --interaction_op dot"
+SMALL = (
+    "--embedding_dim 4 --bottom_mlp_sizes 8,4 --top_mlp_sizes 8,4,1 --embedding_type multi_table --interaction_op dot"
+)
 # processes, cardinalities of the features, flags
 VARIANTS: dict[str, tuple[int, tuple[int, ...], str]] = {
     "dot": (1, SIZES, SMALL),
     "dot-no-padding": (1, (30, 100, 7), SMALL.replace("dim 4", "dim 2").replace("8,4 ", "8,2 ")),
     "dot-joint": (1, SIZES, SMALL.replace("multi_table", "joint")),
     "cat": (1, SIZES, SMALL.replace("op dot", "op cat")),
-    "hash": (1, SIZES, f"{SMALL} --max_table_size 20 --hash_indices"),
+    "hash": (1, SIZES, f"{SMALL.replace('multi_table', 'joint')} --max_table_size 20 --hash_indices"),
     "one-layer": (1, SIZES, SMALL.replace("8,4 ", "4 ").replace("8,4,1", "8,1")),
     "twelve-tables": (1, tuple(range(3, 15)), SMALL),
     "equal-sizes": (1, (9, 9, 9), SMALL),

@@ -64,23 +64,16 @@ VARIANTS = {
     "projection": Variant(kind="projection"),
     "projection-train": Variant(kind="projection", train=True, rows=(30, 7)),
     "dcp-plain": Variant(save="dcp"),
-    "dcp-train": Variant(save="dcp", train=True),
     "dcp-nested": Variant(save="dcp-nested", train=True),
-    "dcp-dcn": Variant(save="dcp", kind="dcn", rows=(30, 7)),
     "sharded-1": Variant(save="dcp", sharding=("table_wise 0",) * 3, optimizer=True),
     "row-wise-2": Variant(save="dcp", processes=2, sharding=RW2, train=True),
     "row-wise-2-optimizer": Variant(save="dcp-nested", processes=2, sharding=RW2, train=True, optimizer=True),
     "row-wise-2-dtensor": Variant(save="dcp", processes=2, sharding=RW2, dtensor=True),
-    "row-wise-3": Variant(save="dcp", processes=3, sharding=RW2),
     "column-wise-2": Variant(
         save="dcp", processes=2, sharding=("column_wise",) * 3, width=8, dense_arch=(8, 8), optimizer=True
     ),
-    "column-wise-2-dtensor": Variant(
-        save="dcp", processes=2, sharding=("column_wise",) * 3, width=8, dense_arch=(8, 8), dtensor=True
-    ),
     "table-wise-3": Variant(save="dcp", processes=3, sharding=TW3),
     "table-wise-3-dcn": Variant(save="dcp", processes=3, sharding=TW3, kind="dcn", train=True),
-    "table-wise-3-optimizer": Variant(save="dcp-nested", processes=3, sharding=TW3, optimizer=True),
     "mixed-2": Variant(
         save="dcp",
         processes=2,

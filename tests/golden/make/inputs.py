@@ -37,7 +37,9 @@ def multi_hot(rows: Sequence[int], dense_width: int, seed: int) -> dict[str, np.
                 7: one if f % 2 else one[:0],
                 8 + f: rng.integers(0, n, LONG_BAG),
             }
-            bags.append(fixed[b] if b in fixed else one if b <= 8 + len(rows) else rng.integers(0, n, rng.integers(1, 7)))
+            bags.append(
+                fixed[b] if b in fixed else one if b <= 8 + len(rows) else rng.integers(0, n, rng.integers(1, 7))
+            )
     return _batch(bags, dense_width, rng)
 
 
@@ -86,4 +88,6 @@ def save(
     )
     probability = expected if kind == "probability" else 1 / (1 + np.exp(-expected))
     middle = int(((probability > 0.01) & (probability < 0.99)).sum())
-    print(f"{path.name}: from {expected.min():.4f} to {expected.max():.4f}, {middle} of {SAMPLES} between 0.01 and 0.99")
+    print(
+        f"{path.name}: from {expected.min():.4f} to {expected.max():.4f}, {middle} of {SAMPLES} between 0.01 and 0.99"
+    )
