@@ -23,7 +23,7 @@ from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.data.random import DISTRIBUTIONS, Distribution
 from dlrm_deploy.engines.engine import Engine
-from dlrm_deploy.engines.registry import ENGINE_NAMES, MOST_THREADS, PLAN_ENGINES, missing_package, open_engine
+from dlrm_deploy.engines.registry import ENGINE_NAMES, MOST_THREADS, PLAN_ENGINES, missing_package, open_unchecked
 from dlrm_deploy.errors import BatchError, ConfigError, EngineError, MissingDependencyError
 from dlrm_deploy.model.rounding import derived_limit
 
@@ -167,7 +167,7 @@ def _open_engines(
     for name in settings.engines:
         progress(f"opening {name}")
         try:
-            engine = stack.enter_context(open_engine(bundle, name, threads=settings.threads, spin=False))
+            engine = stack.enter_context(open_unchecked(bundle, name, threads=settings.threads, spin=False))
             engine.predict(sample)  # a plan opens without a GPU, and says only here that it cannot execute
         except (EngineError, BatchError, MissingDependencyError) as err:
             not_run.append(NotRun(engine=name, batch=None, reason=str(err)))

@@ -23,6 +23,8 @@ from dlrm_deploy.parity.report import LabelledParity, ParityReport
 if TYPE_CHECKING:
     from rich.table import Column, Table
 
+    from dlrm_deploy.parity.bisect import BisectReport
+
 ALL = "all"
 
 
@@ -78,6 +80,17 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Absolute error of probabilities to accept.  [default: 1e-6, more for wide models and low precision]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=SEED, help="Of the random batches and the resamples.")
+@click.option(
+    "--bisect",
+    is_flag=True,
+    help="Where an engine fails, name the first stage that departs (each table, each layer, the interaction), and "
+    "save the worst sample. Altered files are reported, and do not stop it.",
+)
+@click.option(
+    "--save",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where --bisect saves that sample.  [default: BUNDLE-ENGINE-worst.npz in the current folder]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each engine.")
 @click.option("--no-record", is_flag=True, help="Do not write the result into the bundle's manifest.")
 @click.pass_context
@@ -89,6 +102,8 @@ def check(
     batch_file: Path | None,
     data: Path | None,
     recipe: Path | None,
+    bisect: bool,
+    save: Path | None,
     as_json: bool,
     no_record: bool,
     **options: Any,
@@ -99,7 +114,16 @@ def check(
     one is not, 2 on wrong usage and 3 when nothing could be compared.
     """
     _check_usage(ctx, batch_file, data, recipe)
-    opened = Bundle.open(bundle, verify="full")
+    if save and not bisect:
+        raise click.UsageError("--save goes with --bisect.")
+    altered: list[str] = []
+    if bisect:
+        opened = Bundle.unverified(bundle)
+        altered = opened.altered_files()
+        for problem in altered:
+            click.echo(f"ALTERED: {problem}", err=True)
+    else:
+        opened = Bundle.open(bundle, verify="full")
     batch = read_batch(batch_file)[0] if batch_file else None
     labelled = _labelled(data, recipe, opened)
     reports: list[ParityReport] = []
@@ -113,18 +137,75 @@ def check(
                 click.echo(json.dumps(absent[-1].to_dict()))
             continue
         reports.append(report)
-        if not no_record and batch is None:
+        if not no_record and batch is None and not altered:
             _record(opened, report)
+        found = _bisect(opened, report, save) if bisect and not report.passed else None
         if as_json:
-            click.echo(json.dumps(report.to_dict(), allow_nan=False))
+            more = {"bisect": found.to_dict()} if found else {}
+            click.echo(json.dumps({**report.to_dict(), **more}, allow_nan=False))
         else:
             _print(report)
-    if not reports:
+            if found:
+                _print_bisect(found)
+    if not reports and not altered:
         raise EngineError(" ".join(f"{one.engine} was not compared: {one.reason}" for one in absent))
     if not as_json:
         for one in absent:
             click.echo(f"{one.engine} was not compared: {one.reason}")
-    ctx.exit(0 if all(report.passed for report in reports) else 1)
+    ctx.exit(0 if all(report.passed for report in reports) and not altered else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a bisection of one engine gave."""
+
+    report: BisectReport | None
+    problem: str | None
+    """Why the engine could not be bisected."""
+
+    saved: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        found = self.report.to_dict() if self.report else {"problem": self.problem}
+        return {**found, "saved": str(self.saved) if self.saved else None}
+
+
+def _bisect(bundle: Bundle, report: ParityReport, save: Path | None) -> _Found:
+    """Bisect on the first failed batch whose ids are valid, else on the golden one."""
+    from dlrm_deploy.parity.bisect import bisect as bisect_stages  # brings onnx, which scoring does without
+    from dlrm_deploy.parity.bisect import save_reproducer
+
+    batch, row = bundle.golden().batch, 0
+    for case in report.cases:
+        valid = case.batch is not None and (
+            bundle.config.index_policy != "error" or case.batch.explain_bad_ids(bundle.config) is None
+        )
+        if not case.passed and case.batch is not None and valid and case.batch.batch_size:
+            batch, row = case.batch, (case.output.worst_row or 0) if case.output else 0
+            break
+    found, problem = None, None
+    try:
+        found = bisect_stages(bundle, report.engine, batch)
+    except (EngineError, MissingDependencyError) as err:
+        problem = str(err)
+    moving = next((one for one in found.departures if one.batch is not None), None) if found else None
+    sample = moving.batch if moving and moving.batch else batch.rows(row, row + 1) if batch.batch_size else None
+    if sample is None:
+        return _Found(found, problem, None)
+    path = save or Path(f"{bundle.path.resolve().name}-{report.engine}-worst.npz")
+    save_reproducer(path, sample, moving)
+    return _Found(found, problem, path)
+
+
+def _print_bisect(found: _Found) -> None:
+    if found.problem:
+        click.echo(f"BISECT  not possible: {found.problem}")
+    if found.report:
+        for departure in found.report.departures[1:9]:
+            click.echo(f"also departs: {departure.stage}: {departure.detail}")
+        click.echo(found.report.summary())
+    if found.saved:
+        click.echo(f"Saved the worst sample: {found.saved}. Run it again with --batch-file {found.saved}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Where do engine and reference part? Finds the first stage of the model that does not give what it should.
 
 Two looks. First at rest: are the tables those that were exported, block of rows by block of rows, and does the graph
-hold the weights of `dense.npz`? Then in motion: the engine runs with every stage as an output, and each stage is compared
-with what it should give for the engine's own inputs to it (`stages`), from the tables to the probabilities.
+hold the weights of `dense.npz`? Then in motion: the engine runs with every stage as an output, and each stage is
+compared with what it should give for the engine's own inputs to it (`stages`), from the tables to the probabilities.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dlrm_deploy.errors import EngineError
 from dlrm_deploy.files import atomic_file, output_errors
 from dlrm_deploy.parity.stages import FloatArray, Stage, Stages
 
-MOST_ROWS = 1024
-"""Samples that are looked at, in slices: stages of a large batch would not fit into memory."""
+SLICE_ROWS = 1024
+"""Samples that are looked at together: the stages of a large batch would not fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,53 +86,56 @@ def bisect(bundle: Bundle, engine_name: str, batch: Batch, *, threads: int | Non
     Args:
         bundle: whose model. Its files may be altered.
         engine_name: an engine whose inner tensors can be seen: onnxruntime or onnxruntime-stock.
-        batch: fits the model, ids valid; the first `MOST_ROWS` samples are looked at.
+        batch: fits the model, ids valid. The first slice of `SLICE_ROWS` samples in which a stage departs is
+            reported.
         threads: CPU threads.
 
     Raises:
         EngineError: the engine cannot be opened, or cannot show its inner tensors.
     """
-    found = list(_at_rest(bundle))
-    batch = batch.rows(0, min(batch.batch_size, MOST_ROWS))
-    stages = list(Stages(bundle, batch))
+    at_rest = tuple(_at_rest(bundle))
+    stages: list[Stage] = []
     with open_unchecked(bundle, engine_name, threads=threads, spin=False) as engine:
-        seen = engine.stage_outputs(batch, [stage.tensor for stage in stages])
-    missing = sorted({stage.tensor for stage in stages} - set(seen))
-    if missing:
-        raise EngineError(
-            f"the graph of {bundle.path} has no tensor {', '.join(missing)}, so its stages cannot be told apart. "
-            "Export the model again."
-        )
-    known = {"dense": batch.dense, **seen}
-    found += (departure for stage in stages if (departure := _compare(stage, known, batch)))
-    return BisectReport(engine_name, tuple(found), len(stages))
+        for first in range(0, max(batch.batch_size, 1), SLICE_ROWS):
+            rows = batch.rows(first, min(batch.batch_size, first + SLICE_ROWS))
+            stages = list(Stages(bundle, rows))
+            seen = engine.stage_outputs(rows, [stage.tensor for stage in stages])
+            if missing := sorted({stage.tensor for stage in stages} - set(seen)):
+                raise EngineError(
+                    f"the graph of {bundle.path} has no tensor {', '.join(missing)}, so its stages cannot be told "
+                    "apart. Export the model again."
+                )
+            known = {"dense": rows.dense, **seen}
+            moving = [departure for stage in stages if (departure := _compare(stage, known, rows, first))]
+            if moving:
+                return BisectReport(engine_name, (*at_rest, *moving), len(stages))
+    return BisectReport(engine_name, at_rest, len(stages))
 
 
-def save_reproducer(path: Path, departure: Departure) -> None:
-    """Write the worst sample's inputs, with the stage's name and values, as a small .npz file.
+def save_reproducer(path: Path, sample: Batch, departure: Departure | None = None) -> None:
+    """Write the inputs of one sample, with the stage's name and values, as a small .npz file.
 
     `dlrm-deploy check BUNDLE --batch-file FILE` runs it again.
 
     Raises:
         OutputError: it cannot be written.
     """
-    assert departure.batch is not None  # departures at rest have no sample
-    batch = departure.batch
     arrays: dict[str, npt.NDArray[Any]] = {
-        "dense": batch.dense,
-        "indices": batch.indices,
-        "offsets": batch.offsets,
-        "stage": np.array(departure.stage),
+        "dense": sample.dense,
+        "indices": sample.indices,
+        "offsets": sample.offsets,
     }
-    if batch.weights is not None:
-        arrays["weights"] = batch.weights
-    if departure.expected is not None and departure.actual is not None:
-        arrays["expected"], arrays["actual"] = departure.expected, departure.actual
+    if sample.weights is not None:
+        arrays["weights"] = sample.weights
+    if departure is not None:
+        arrays["stage"] = np.array(departure.stage)
+        if departure.expected is not None and departure.actual is not None:
+            arrays["expected"], arrays["actual"] = departure.expected, departure.actual
     with output_errors(path), atomic_file(path) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def _compare(stage: Stage, seen: dict[str, FloatArray], batch: Batch) -> Departure | None:
+def _compare(stage: Stage, seen: dict[str, FloatArray], batch: Batch, first_row: int) -> Departure | None:
     actual = seen[stage.tensor][(slice(None), *stage.part)]
     with np.errstate(all="ignore"):  # values may be NaN or infinite, which is what is looked for
         expected, bound = stage.reference(seen)
@@ -148,13 +151,13 @@ def _compare(stage: Stage, seen: dict[str, FloatArray], batch: Batch) -> Departu
     excess = np.where(wrong, np.nan_to_num(error / np.maximum(bound, 1e-45), nan=np.inf, posinf=np.inf), 0)
     row = int(np.argmax(excess.reshape(len(excess), -1).max(axis=1)))
     at = int(np.argmax(excess[row].reshape(-1)))
-    got, right = float(actual[row].reshape(-1)[at]), float(expected[row].reshape(-1)[at])
+    got, right, limit = (float(values[row].reshape(-1)[at]) for values in (actual, expected, bound))
     rows = int(wrong.reshape(len(wrong), -1).any(axis=1).sum())
     detail = (
-        f"sample {row}, value {at} is {got:.8g}, expected {right:.8g} within {float(bound[row].reshape(-1)[at]):.1e}; "
+        f"sample {first_row + row}, value {at} is {got:.8g}, expected {right:.8g} within {limit:.1e}; "
         f"{rows} of {len(wrong)} samples depart"
     )
-    return Departure(stage.name, row, detail, batch.rows(row, row + 1), expected[row], actual[row])
+    return Departure(stage.name, first_row + row, detail, batch.rows(row, row + 1), expected[row], actual[row])
 
 
 def _at_rest(bundle: Bundle) -> Iterator[Departure]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -13,14 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Golden
-from dlrm_deploy.config import DenseTransform, ModelConfig
-from dlrm_deploy.errors import BatchError, CheckpointError, ConfigError
+from dlrm_deploy.config import DENSE_TRANSFORMS, DenseTransform, ModelConfig
+from dlrm_deploy.errors import CheckpointError, ConfigError
+from dlrm_deploy.export.importers.golden_file import read_golden
 from dlrm_deploy.export.sources import Source
 from dlrm_deploy.files import sha256_file, sha256_folder
 from dlrm_deploy.model.keys import dense_shapes
-from dlrm_deploy.tables import Division, TableConfig, TablePart, check_name
+from dlrm_deploy.tables import DIVISIONS, Division, TableConfig, TablePart, check_choice, check_int, check_name
 from dlrm_deploy.tensors.finite import check_finite
 from dlrm_deploy.tensors.store import Array, TensorStore
 
@@ -65,6 +63,14 @@ class ImportOptions:
 
     golden: Path | None = None
     """A .npz file with inputs and what the source project computed for them."""
+
+    def __post_init__(self) -> None:
+        check_name("model", self.name)
+        check_choice("options", "--dense-transform", self.dense_transform, DENSE_TRANSFORMS)
+        if self.quotient is not None:
+            check_choice("options", "--quotient", self.quotient, DIVISIONS)
+        if self.modulo is not None:
+            check_int("options", "--modulo", self.modulo, 1)
 
     def given(self) -> tuple[str, ...]:
         """Names of the fields that are not at their default."""
@@ -338,7 +344,7 @@ def feature_names(defaults: tuple[str, ...], options: ImportOptions) -> tuple[st
     """
     names = options.features or defaults
     for name in names:
-        check_name("--features", name)
+        check_name("feature", name)
     if len(names) != len(defaults) or len(set(names)) != len(names):
         raise ConfigError(
             f"--features has {len(names)} names, {len(set(names))} of them different, but the checkpoint has "
@@ -354,65 +360,6 @@ def contradictions(path: Path) -> Iterator[None]:
         yield
     except ConfigError as err:
         raise CheckpointError(f"{path}: the tensors do not make a model: {err}") from err
-
-
-def read_golden(path: Path, config: ModelConfig) -> Golden:
-    """Inputs with the outputs that the source project computed for them.
-
-    Args:
-        path: a .npz file with dense [B, D] float, indices [N] and offsets [F * B + 1] of whole numbers, feature-major,
-            weights [N] float for a model that takes them, and probabilities or logits [B] float.
-        config: the model.
-
-    Raises:
-        ConfigError: it cannot be read, lacks an array, or does not fit the model.
-    """
-    arrays = _read_arrays(path)
-    outputs = [name for name in ("probabilities", "logits") if name in arrays]
-    missing = [name for name in ("dense", "indices", "offsets") if name not in arrays]
-    if missing or len(outputs) != 1:
-        raise ConfigError(
-            f"--golden {path} holds {listed(list(arrays)) or 'no array'}; expected dense, indices, offsets, and either "
-            "probabilities or logits."
-        )
-    try:
-        batch = Batch(
-            _cast(arrays["dense"], "f", np.float32),
-            _cast(arrays["indices"], "iu", np.int64),
-            _cast(arrays["offsets"], "iu", np.int64),
-            _cast(arrays["weights"], "f", np.float32) if "weights" in arrays else None,
-        )
-        batch.check_fits(config)
-    except BatchError as err:
-        raise ConfigError(f"--golden {path} does not fit the model: {err}") from err
-    values = arrays[outputs[0]]
-    if values.shape != (batch.batch_size,) or values.dtype.kind != "f" or not np.isfinite(values).all():
-        raise ConfigError(
-            f"--golden {path}: {outputs[0]} are {values.dtype} {list(values.shape)}, expected "
-            f"[{batch.batch_size}] finite float values, one for each sample."
-        )
-    if outputs[0] == "logits":
-        with np.errstate(over="ignore"):
-            values = 1 / (1 + np.exp(-values.astype(np.float64)))
-    if batch.batch_size == 0 or values.min() < 0 or values.max() > 1:
-        raise ConfigError(f"--golden {path}: {outputs[0]} must be at least one, and probabilities between 0 and 1.")
-    return Golden(batch, values.astype(np.float32))
-
-
-def _read_arrays(path: Path) -> dict[str, Array]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.ndarray):
-            with loaded as file:
-                return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as err:
-        raise ConfigError(f"cannot read --golden {path}: {err}. Expected a file written by numpy.savez.") from err
-    raise ConfigError(f"--golden {path} holds a single array, expected a .npz file of several.")
-
-
-def _cast(values: Array, kinds: str, dtype: type[np.generic]) -> Array:
-    """The values as `dtype` where they are of one of these kinds; else as they are, which `Batch` refuses."""
-    return values.astype(dtype) if values.dtype.kind in kinds else values
 
 
 def dense_names(count: int) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def engines(monkeypatch):
                 raise made[name]
             return made[name]
 
-        monkeypatch.setattr(bench_run, "open_engine", open_one)
+        monkeypatch.setattr(bench_run, "open_unchecked", open_one)
 
     return use
 

@@ -185,13 +185,27 @@ def test_a_golden_file_with_one_array_or_none_at_all_is_refused(path, tmp_path):
     [
         (("a", "b"), "--features has 2 names, 2 of them different, but the checkpoint has 3 features"),
         (("a", "b", "a"), "--features has 3 names, 2 of them different"),
-        (("a", "b", ""), "--features name '' must be letters"),
-        (("a", "b", "../c"), r"--features name '../c' must be letters"),
+        (("a", "b", ""), "feature name '' must be letters"),
+        (("a", "b", "../c"), r"feature name '../c' must be letters"),
     ],
 )
 def test_feature_names_are_checked(names, message, path):
     with pytest.raises(ConfigError, match=message):
         opened(path, features=names)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "a b"}, "model name 'a b' must be letters"),
+        ({"dense_transform": "sqrt"}, "--dense-transform must be one of none, log1p, log3"),
+        ({"quotient": "float16"}, "--quotient must be one of exact, float32"),
+        ({"modulo": 0}, "--modulo must be a whole number of at least 1"),
+    ],
+)
+def test_values_of_options_are_checked(values, message):
+    with pytest.raises(ConfigError, match=message):
+        ImportOptions(**values)
 
 
 def test_the_options_of_one_project_mean_nothing_for_another():

@@ -20,6 +20,8 @@ from dlrm_deploy.export.importers.detect import KINDS, look, open_source
 from dlrm_deploy.export.sources import CheckpointSource
 from dlrm_deploy.model.dlrm import DLRM
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 FACEBOOK = FacebookModel(plain(10, 6)).state
 TORCHREC = {"sparse_arch.embedding_bag_collection.embedding_bags.t_a.weight": torch.zeros(3, 2)}
 

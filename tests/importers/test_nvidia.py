@@ -51,6 +51,10 @@ def test_a_folder_scores_as_the_project_did(tmp_path, name):
     assert_scores(open_source(path, "auto", ImportOptions()), tmp_path, *read_golden(Path(f"{path}.npz")))
 
 
+def test_every_golden_folder_is_compared():
+    assert {path.stem for path in (GOLDEN / "nvidia").glob("*.npz")} == set(VARIANTS)
+
+
 # Models restated
 
 

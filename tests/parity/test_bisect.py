@@ -132,7 +132,7 @@ def test_the_worst_sample_is_saved_and_shows_the_error_again(square_bundle, tmp_
     bundle = rehash(square_bundle)
     batch = random_batch(bundle.config, 64, np.random.default_rng(0))
     departure = bisect(bundle, "onnxruntime-stock", batch, threads=1).first
-    save_reproducer(tmp_path / "worst.npz", departure)
+    save_reproducer(tmp_path / "worst.npz", departure.batch, departure)
     saved, arrays = read_batch(tmp_path / "worst.npz")
     assert saved.batch_size == 1
     assert str(arrays["stage"]) == "feature b, table t_b"

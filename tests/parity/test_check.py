@@ -109,7 +109,12 @@ def test_nan_fails_and_the_record_stays_valid_json(bundle, faulty):
     report = check_parity(bundle, "onnxruntime", sizes=(0, 1, 2))
     names = [case.name for case in report.cases]
     assert "2 random samples" in failed(report)
-    assert set(names) - set(failed(report)) == {"ids out of range: refused", "0 random samples", "1 random samples"}
+    assert set(names) - set(failed(report)) == {
+        "ids out of range: refused",
+        "0 random samples",
+        "1 random samples",
+        check.STORED,
+    }
     record = json.loads(json.dumps(report.record(), allow_nan=False))
     assert record["passed"] is False
     assert (record["worst_case"], record["worst_row"]) == ("golden batch", 1)
@@ -172,7 +177,7 @@ def test_an_engine_that_cannot_execute_is_an_error_not_a_failure(bundle, faulty)
 def test_without_torch_the_golden_batch_is_compared_and_the_report_says_so(bundle, monkeypatch):
     monkeypatch.setattr(check, "missing_package", lambda name: f"no {name}")
     report = check_parity(bundle, "onnxruntime-stock", threads=1)
-    assert [case.name for case in report.cases] == ["golden batch", "ids out of range: refused"]
+    assert [case.name for case in report.cases] == ["golden batch", "ids out of range: refused", check.STORED]
     assert report.passed
     assert report.limited
     assert "golden batch only, torch is not installed" in report.summary()

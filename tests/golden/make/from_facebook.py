@@ -2,8 +2,8 @@
 
     python tests/golden/make/from_facebook.py PATH_OF_DLRM_SOURCES [VARIANT ...]
 
-Needs torch, numpy<2.3, scikit-learn, tensorboard, onnx, tqdm and mlperf-logging. Each variant runs dlrm_s_pytorch.py in a
-process of its own, with `--save-model`; the model that the script leaves behind then scores the golden inputs.
+Needs torch, numpy<2.3, scikit-learn, tensorboard, onnx, tqdm and mlperf-logging. Each variant runs dlrm_s_pytorch.py in
+a process of its own, with `--save-model`; the model that the script leaves behind then scores the golden inputs.
 `PATCHED` names the variants that the unchanged script cannot run, with what was changed.
 """
 
@@ -20,8 +20,8 @@ import inputs
 
 GOLDEN = Path(__file__).resolve().parents[1] / "facebook"
 RUN = (
-    "--data-generation random --num-batches 6 --mini-batch-size 16 --test-freq 6 --print-freq 6 --num-indices-per-lookup 4 "
-    "--round-targets True --learning-rate 0.1"
+    "--data-generation random --num-batches 6 --mini-batch-size 16 --test-freq 6 --print-freq 6 "
+    "--num-indices-per-lookup 4 --round-targets True --learning-rate 0.1"
 )
 PLAIN = "--arch-sparse-feature-size 4 --arch-embedding-size 30-7-100 --arch-mlp-bot 5-8-4 --arch-mlp-top 8-4-1"
 LARGE = "--arch-sparse-feature-size 4 --arch-embedding-size 30-47-100 --arch-mlp-bot 5-8-4 --arch-mlp-top 8-4-1"
@@ -60,7 +60,8 @@ VARIANTS = {
     "width-3": f"{PLAIN.replace('size 4', 'size 3').replace('5-8-4', '5-8-3')}",
     "one-layer": "--arch-sparse-feature-size 2 --arch-embedding-size 30-7-100 --arch-mlp-bot 4-2 --arch-mlp-top 1",
     "one-layer-bottom": "--arch-sparse-feature-size 2 --arch-embedding-size 30-7 --arch-mlp-bot 4-2 --arch-mlp-top 5-1",
-    "deep": "--arch-sparse-feature-size 2 --arch-embedding-size 30-7-100 --arch-mlp-bot 3-9-8-7-2 --arch-mlp-top 9-8-6-3-1 --optimizer adagrad",
+    "deep": "--arch-sparse-feature-size 2 --arch-embedding-size 30-7-100 --arch-mlp-bot 3-9-8-7-2 "
+    "--arch-mlp-top 9-8-6-3-1 --optimizer adagrad",
     "two-digits": f"{PLAIN.replace('30-7-100', '3-4-5-6-7-8-9-10-11-12-13-14')}",
     "loss-threshold": f"{PLAIN} --loss-threshold 0.4",
     "mlperf": f"{PLAIN} --mlperf-logging --loss-function wbce --loss-weights 1.0-2.0",
@@ -128,7 +129,8 @@ def main() -> None:
         ]
         command = [sys.executable, __file__, "--one", variant]
         processes = [subprocess.Popen(command, cwd=source, env=environment) for environment in environments]
-        if any([process.wait() for process in processes]):
+        statuses = [process.wait() for process in processes]
+        if any(statuses):
             print(f"FAILED {variant}")
 
 

@@ -1,9 +1,10 @@
-"""Make tests/golden/nvidia: checkpoints of NVIDIA DeepLearningExamples' DLRM, by its own writer, and what its model computed.
+"""Make tests/golden/nvidia: checkpoints of NVIDIA DeepLearningExamples' DLRM and what its model computed.
 
     python tests/golden/make/from_nvidia.py PATH_OF/PyTorch/Recommendation/DLRM [VARIANT ...]
 
-Needs torch, absl-py, PyYAML and tqdm. The model, the flags, the device mapping and the writer are the project's; the training loop is
-ours, because its own needs CUDA streams. `stub` names what is replaced so that the modules import and run on a CPU.
+Needs torch, absl-py, PyYAML and tqdm. The model, the flags, the device mapping and the writer are the project's; the
+training loop is ours, because its own needs CUDA streams. `stub` names what is replaced so that the modules import and
+run on a CPU.
 """
 
 from __future__ import annotations
@@ -59,15 +60,15 @@ def stub() -> None:
         parent, _, child = name.rpartition(".")
         if parent in modules:
             setattr(modules[parent], child, module)
-    modules["apex.mlp"].MLP = torch.nn.Module
-    modules["dlrm.cuda_ext"].dotBasedInteract = None
-    modules["dlrm.cuda_ext.fused_gather_embedding"].BuckleEmbeddingFusedGatherFunction = None
+    vars(modules["apex.mlp"])["MLP"] = torch.nn.Module
+    vars(modules["dlrm.cuda_ext"])["dotBasedInteract"] = None
+    vars(modules["dlrm.cuda_ext.fused_gather_embedding"])["BuckleEmbeddingFusedGatherFunction"] = None
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.distributed.all_to_all = all_to_all
 
 
 def all_to_all(received: list[torch.Tensor], sent: list[torch.Tensor]) -> None:
-    """What gloo lacks: tensors of unequal sizes, and of other shapes with as many elements. `received[r]` is filled with what rank r has in `sent` for this one."""
+    """What gloo lacks: sizes that differ. `received[r]` gets what rank r sends to this one, shapes may differ."""
     rank = torch.distributed.get_rank()
     received[rank].copy_(sent[rank].reshape(received[rank].shape))
     others = [r for r in range(len(sent)) if r != rank]

@@ -1,4 +1,4 @@
-"""Make tests/golden/torchrec: checkpoints of TorchRec's own models, whole and sharded over processes, and what they computed.
+"""Make tests/golden/torchrec: checkpoints of TorchRec's own models, whole and sharded, and what they computed.
 
     python tests/golden/make/from_torchrec.py [VARIANT ...]
 
@@ -211,7 +211,7 @@ def make(name: str) -> None:
         torch.save(state, GOLDEN / f"{name}{rank}.pt")
     else:
         content = {"model": state} if variant.save == "dcp-nested" else dict(state)
-        if variant.optimizer:
+        if variant.optimizer and fused:
             content["optimizer"] = fused.state_dict()
         shutil.rmtree(GOLDEN / f"{name}.dcp", ignore_errors=True) if rank == 0 else None
         dist.barrier()

@@ -17,8 +17,8 @@ LONG_BAG = 50
 def multi_hot(rows: Sequence[int], dense_width: int, seed: int) -> dict[str, np.ndarray]:
     """Bags of every kind: empty, one id, repeated ids, the first and the last id, several, and one of 50 per feature.
 
-    Sample 0 has no id at all, sample 1 the first id of each table, sample 2 the last; from sample 8 + F on there are one to
-    six ids per bag. Feature-major: bag f * B + b.
+    Sample 0 has no id at all, sample 1 the first id of each table, sample 2 the last; from sample 9 + F on there are
+    one to six ids per bag. Feature-major: bag f * B + b.
     """
     rng = np.random.default_rng(seed)
     bags: list[np.ndarray] = []
@@ -72,7 +72,7 @@ def save(
     rows: Sequence[int],
     arguments: Sequence[str] = (),
 ) -> None:
-    """Write `path` (.npz): the batch, `expected` [B] float32, its kind, `rows` [F] int64 and the arguments of the maker."""
+    """Write `path` (.npz): the batch, `expected` [B] float32, its kind, `rows` [F] int64 and the maker's arguments."""
     assert expected.dtype == np.float32
     assert expected.shape == (SAMPLES,)
     assert np.isfinite(expected).all()
@@ -80,7 +80,9 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         path,
-        **batch,
+        dense=batch["dense"],
+        indices=batch["indices"],
+        offsets=batch["offsets"],
         expected=expected,
         expected_kind=np.array(kind),
         rows=np.array(rows, np.int64),
