@@ -23,6 +23,7 @@ from dlrm_deploy.parity.report import LabelledParity, ParityReport
 if TYPE_CHECKING:
     from rich.table import Column, Table
 
+    from dlrm_deploy.export.sources import Source
     from dlrm_deploy.parity.bisect import BisectReport
 
 ALL = "all"
@@ -66,6 +67,17 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--data", type=_FILE, help="Labelled samples (.npz) to compare AUC, log loss and calibration on.")
 @click.option("--recipe", type=_FILE, help="Take the test split of this recipe for --data.")
 @click.option(
+    "--source",
+    type=click.Path(exists=True, path_type=Path),
+    help="The checkpoint that the bundle was made from: compare every row and weight with it.",
+)
+@click.option(
+    "--from",
+    "kind",
+    type=click.Choice(["auto", "facebook", "torchrec", "nvidia", "dlrm-deploy"]),
+    help="Project that wrote --source.  [default: told from what it holds]",
+)
+@click.option(
     "--max-auc-drop",
     type=click.FloatRange(min=0),
     callback=_limit,
@@ -102,6 +114,8 @@ def check(
     batch_file: Path | None,
     data: Path | None,
     recipe: Path | None,
+    source: Path | None,
+    kind: str | None,
     bisect: bool,
     save: Path | None,
     as_json: bool,
@@ -114,6 +128,8 @@ def check(
     one is not, 2 on wrong usage and 3 when nothing could be compared.
     """
     _check_usage(ctx, batch_file, data, recipe)
+    if kind and not source:
+        raise click.UsageError("--from goes with --source.")
     if save and not bisect:
         raise click.UsageError("--save goes with --bisect.")
     altered: list[str] = []
@@ -126,11 +142,12 @@ def check(
         opened = Bundle.open(bundle, verify="full")
     batch = read_batch(batch_file)[0] if batch_file else None
     labelled = _labelled(data, recipe, opened)
+    origin = _source(source, kind or "auto", opened)
     reports: list[ParityReport] = []
     absent: list[_Absent] = []
     for name in _names(engines):
         try:
-            report = check_parity(opened, name, batch=batch, labelled=labelled, **options)
+            report = check_parity(opened, name, batch=batch, labelled=labelled, source=origin, **options)
         except (EngineError, MissingDependencyError) as err:
             absent.append(_Absent(name, str(err)))
             if as_json:
@@ -175,7 +192,7 @@ def _bisect(bundle: Bundle, report: ParityReport, save: Path | None) -> _Found:
     from dlrm_deploy.parity.bisect import bisect as bisect_stages  # brings onnx, which scoring does without
     from dlrm_deploy.parity.bisect import save_reproducer
 
-    batch, row = bundle.golden().batch, 0
+    batch, row = bundle.golden().batch, None
     for case in report.cases:
         valid = case.batch is not None and (
             bundle.config.index_policy != "error" or case.batch.explain_bad_ids(bundle.config) is None
@@ -189,9 +206,11 @@ def _bisect(bundle: Bundle, report: ParityReport, save: Path | None) -> _Found:
     except (EngineError, MissingDependencyError) as err:
         problem = str(err)
     moving = next((one for one in found.departures if one.batch is not None), None) if found else None
-    sample = moving.batch if moving and moving.batch else batch.rows(row, row + 1) if batch.batch_size else None
+    sample = moving.batch if moving else None
     if sample is None:
-        return _Found(found, problem, None)
+        if row is None:  # what differs is stored, and no sample shows it
+            return _Found(found, problem, None)
+        sample = batch.rows(row, row + 1)
     path = save or Path(f"{bundle.path.resolve().name}-{report.engine}-worst.npz")
     save_reproducer(path, sample, moving)
     return _Found(found, problem, path)
@@ -253,6 +272,18 @@ def _labelled(data: Path | None, recipe: Path | None, bundle: Bundle) -> Labelle
         config, splits = Recipe.read(recipe).load()
         return LabelledSamples.of(splits.test, f"test split of {recipe}", config, bundle.config)
     return None
+
+
+def _source(path: Path | None, kind: str, bundle: Bundle) -> Source | None:
+    """The source, read as the bundle's own config says: whatever was asked for at the export is in there."""
+    if path is None:
+        return None
+    from dlrm_deploy.checkpoint import MODEL
+    from dlrm_deploy.export.importers.common import ImportOptions
+    from dlrm_deploy.export.importers.detect import open_source
+
+    ours = (path / MODEL).is_file()  # and holds its config itself
+    return open_source(path, kind, ImportOptions() if ours else ImportOptions(config=bundle.config))
 
 
 def _record(bundle: Bundle, report: ParityReport) -> None:

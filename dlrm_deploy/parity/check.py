@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,12 +32,18 @@ from dlrm_deploy.parity.compare import FloatArray, OutputParity, compare
 from dlrm_deploy.parity.labelled import MAX_AUC_DROP, RESAMPLES, LabelledSamples, compare_labelled
 from dlrm_deploy.parity.report import LabelledParity, ParityCase, ParityReport
 
+if TYPE_CHECKING:
+    from dlrm_deploy.export.sources import Source
+
 SIZES = (0, 1, 2, 37, 2048, 8192)
 SEED = 20190531
 """Of the random batches; any other number will do."""
 
-STORED = "tables and weights as exported"
+STORED = "stored as exported"
 """Name of the case that compares what is stored with the exporter's checksums."""
+
+SOURCE = "equal to the source"
+"""Name of the case that compares it with the source checkpoint."""
 
 _IDS_ROWS = 37
 
@@ -58,6 +65,7 @@ def check_parity(
     threads: int | None = None,
     batch: Batch | None = None,
     labelled: LabelledSamples | None = None,
+    source: Source | None = None,
     max_auc_drop: float = MAX_AUC_DROP,
     resamples: int = RESAMPLES,
 ) -> ParityReport:
@@ -72,6 +80,7 @@ def check_parity(
         threads: CPU threads of each engine; None for one per core.
         batch: compare this one only.
         labelled: samples to compare AUC, log loss and calibration on.
+        source: the checkpoint that the bundle was made from; its tables and weights are compared with the bundle's.
         max_auc_drop: drop in AUC to accept on them.
         resamples: of the bootstrap intervals.
 
@@ -103,6 +112,8 @@ def check_parity(
         found = [attempt.case for attempt in attempts]
         if batch is None:
             found.append(_stored_case(bundle))
+        if source is not None:
+            found.append(_source_case(bundle, source))
         worth: LabelledParity | None = None
         if labelled is not None and reference is not None:
             case, worth = compare_labelled(
@@ -131,6 +142,14 @@ def _stored_case(bundle: Bundle) -> ParityCase:
     altered += [f"weight {key}" for key in altered_weights(bundle)]
     problem = f"not what was exported: {'; '.join(altered[:8])}. Export the bundle again." if altered else None
     return ParityCase(STORED, problem=problem)
+
+
+def _source_case(bundle: Bundle, source: Source) -> ParityCase:
+    from dlrm_deploy.parity.against_source import differences
+
+    found = list(differences(bundle, source))
+    problem = f"the bundle differs from its source: {'; '.join(found[:8])}. Export it again." if found else None
+    return ParityCase(SOURCE, problem=problem)
 
 
 @dataclass(frozen=True, slots=True)

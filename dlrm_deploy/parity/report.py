@@ -177,14 +177,16 @@ class ParityReport:
     def summary(self) -> str:
         """One line: the verdict on the cases, the worst of them and what was compared."""
         where = ""
-        if (worst := self.worst) is not None:
-            row = worst.output.worst_row if worst.output else None
+        if (worst := self.worst) is not None and worst.output:
+            row = worst.output.worst_row
             where = f" in {worst.name}" + ("" if row is None else f" at row {row}")
         verdict = "PASSED" if all(case.passed for case in self.cases) else "FAILED"
-        return (
+        line = (
             f"{verdict}  {OUTPUT}: max abs error {self.max_abs:.2e}{where} "
             f"(limit {self.limit:.1e}, {self.rows} rows, against {self.reference})"
         )
+        problems = [case.name for case in self.cases if case.problem]
+        return f"{line}; not passed: {', '.join(problems)}" if problems else line
 
     def record(self) -> dict[str, Any]:
         """What the bundle's manifest keeps."""

@@ -1,13 +1,18 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
+from onnx import numpy_helper
 
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.cli.main import cli
 from dlrm_deploy.data.random import RandomDataset
 from dlrm_deploy.engines.registry import ENGINE_NAMES
+from dlrm_deploy.model.keys import top_keys
 from dlrm_deploy.parity import check
 
 
@@ -280,3 +285,83 @@ def test_data_that_cannot_be_read_exits_3_before_anything_is_scored(run, bundle,
         result = run(bundle.path, option, tmp_path / "d.npz")
         assert result.exit_code == 3
         assert "cannot read" in result.stderr
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def test_bisect_names_the_stage_and_saves_a_sample_that_shows_it_again(run, bundle, tmp_path):
+    model = onnx.load(bundle.model_path, load_external_data=False)
+    (bias,) = [t for t in model.graph.initializer if t.name == top_keys(bundle.config)[0][1]]
+    bias.CopyFrom(numpy_helper.from_array(np.zeros(16, np.float32), bias.name))
+    onnx.save(model, bundle.model_path)
+    result = run(
+        bundle.path, "--engine", "onnxruntime-stock", "--batch", "37", "--bisect", "--save", tmp_path / "w.npz"
+    )
+    assert result.exit_code == 1
+    assert "ALTERED" in result.stderr
+    assert "model.onnx" in result.stderr
+    assert "also departs: top MLP, layer 0: sample" in result.stdout
+    assert f"BISECT  first departure: weight {bias.name}: the graph holds zeros (1 more)" in result.stdout
+    assert "onnxruntime-stock" not in json.loads((bundle.path / "manifest.json").read_text())["parity"]
+    again = run(bundle.path, "--engine", "onnxruntime-stock", "--batch-file", tmp_path / "w.npz", "--bisect", "--json")
+    shown = json.loads(again.stdout)
+    assert (shown["passed"], shown["rows"]) == (False, 1)
+    assert [one["stage"] for one in shown["bisect"]["departures"]] == [f"weight {bias.name}", "top MLP, layer 0"]
+
+
+def test_bisect_of_a_bundle_that_passes_does_nothing(run, bundle):
+    result = run(bundle.path, "--engine", "onnxruntime-stock", "--batch", "1", "--bisect")
+    assert result.exit_code == 0
+    assert "BISECT" not in result.stdout
+    assert bundle.manifest.files.keys() == Bundle.open(bundle.path).manifest.files.keys()
+
+
+def test_an_engine_that_shows_nothing_inside_says_so(run, bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    golden = bundle.golden()
+    np.savez(bundle.path / "golden.npz", **replace(golden, probabilities=golden.probabilities / 2).arrays())
+    result = run(bundle.path, "--engine", "torch", "--batch", "2", "--bisect")
+    assert result.exit_code == 1
+    assert "BISECT  not possible: engine torch does not show what happens inside" in result.stdout
+    assert (tmp_path / f"{bundle.path.name}-torch-worst.npz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("facebook/md.pt", ()), ("torchrec/mixed-2.dcp", ()), ("nvidia/dot", ()), ("facebook/qr-mult.pt", ("mult",))],
+)
+def test_every_row_and_weight_is_compared_with_the_source(name, options, run, tmp_path):
+    source = GOLDEN / name
+    extra = ["--qr-operation", *options] if options else []
+    out = tmp_path / "bundle"
+    exported = CliRunner().invoke(cli, ["export", str(source), "--out", str(out), *extra])
+    assert exported.exit_code == 0, exported.output
+    arguments = (out, "--source", source, "--batch", "1", "--engine", "onnxruntime-stock", "--bisect")
+    assert run(*arguments).exit_code == 0
+    (group, *_) = Bundle.open(out).config.groups
+    matrix = np.memmap(out / "tables" / f"{group.name}.bin", np.float32, "r+", shape=(group.rows, group.width))
+    matrix[group.row_starts[1] + 1, 0] += 1
+    matrix.flush()
+    result = run(*arguments)
+    assert result.exit_code == 1
+    part = group.parts[1].name
+    assert f"the bundle differs from its source: table {part}: 1 of" in result.stdout
+    assert "the first one is row 1." in result.stdout
+    assert f"BISECT  first departure: table {part}: rows 0 to" in result.stdout
+
+
+def test_the_checkpoint_of_another_model_is_no_source(run, bundle):
+    result = run(bundle.path, "--source", GOLDEN / "facebook/md.pt", "--engine", "onnxruntime-stock")
+    assert result.exit_code == 3
+    assert "the checkpoint holds" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--save", "x.npz"), "--save goes with --bisect"), (("--from", "facebook"), "--from goes with --source")],
+)
+def test_options_that_need_another_one_say_so(arguments, message, run, bundle):
+    result = run(bundle.path, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr

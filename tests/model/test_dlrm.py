@@ -193,6 +193,25 @@ def test_bad_id_is_named_by_feature():
     assert np.isfinite(DLRM(replace(DOT, index_policy="modulo")).predict(bad)).all()
 
 
+@pytest.mark.parametrize("name", ["hash", "three_parts", "remainders_add", "path", "mixed_dimension", "quotient_wide"])
+def test_ids_out_of_range_are_treated_before_any_row_is_computed(name):
+    bags = [[[1, 9, 1], [], [0]], [[0], [4], [2]], [[-3], [], [3, 70]]]  # items are below 7
+    good = {
+        "clamp": [[[1, 6, 1], [], [0]], [[0], [4], [2]], [[0], [], [3, 6]]],
+        "modulo": [[[1, 2, 1], [], [0]], [[0], [4], [2]], [[4], [], [3, 0]]],
+        "zero": [[[1, 1], [], [0]], [[0], [4], [2]], [[], [], [3]]],
+    }
+    model = random_model(replace(CONFIGS[name], features=SUMMED))
+    for policy, replaced in good.items():
+        lenient = DLRM(replace(model.config, index_policy=policy))
+        lenient.load_state_dict(model.state_dict())
+        actual = lenient.predict(Batch.from_bags(BATCH.dense, bags))
+        expected = model.predict(Batch.from_bags(BATCH.dense, replaced))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6, err_msg=policy)
+    with pytest.raises(BatchError, match=r"feature 'liked', sample 0, position 1 of its bag: id 9 is outside \[0, 7\)"):
+        model.predict(Batch.from_bags(BATCH.dense, bags))
+
+
 def test_batch_of_another_model_is_refused():
     with pytest.raises(BatchError, match="dense has 3 columns"):
         DLRM(DOT).predict(replace(BATCH, dense=np.zeros((3, 3), np.float32)))

@@ -419,6 +419,29 @@ def test_sgd_runs_resume_too(tmp_path, recipe):
     assert train(sgd, tmp_path / "run") == result
 
 
+def test_an_interrupted_run_with_tables_of_parts_ends_with_the_same_bits(tmp_path):
+    kinds = [
+        {"partition": "quotient-remainder", "part_rows": [8, 4], "combine": "path", "path_hidden": 3},
+        {"partition": "chinese-remainder", "part_rows": [7, 8], "projection": 4, "width": 6},
+    ]
+    values = {**MODEL.to_dict(), "wide": True}
+    values["tables"] = [{**table, **kind} for table, kind in zip(values["tables"], kinds, strict=True)]
+    (tmp_path / "model.toml").write_text(ModelConfig.from_dict(values).to_toml())
+    recipe = make_recipe(tmp_path, epochs=1)
+
+    class Interrupt(run_module.Silent):
+        def stepped(self, step, loss):
+            if step == 8:
+                raise KeyboardInterrupt
+
+    train(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "interrupted", Interrupt())
+    assert {path.name for path in (tmp_path / "interrupted" / "checkpoints").iterdir()} == {"step-6"}
+    train(recipe, tmp_path / "interrupted")
+    assert_same_run(tmp_path / "interrupted", tmp_path / "whole")
+
+
 def test_tensorboard_gets_the_values_of_the_log(tmp_path, recipe):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

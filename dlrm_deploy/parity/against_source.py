@@ -1,0 +1,49 @@
+"""Does a bundle hold what its source checkpoint holds? Every row and weight, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.errors import CheckpointError
+from dlrm_deploy.export.sources import Source
+from dlrm_deploy.model.keys import dense_shapes, table_shapes
+
+
+def differences(bundle: Bundle, source: Source) -> Iterator[str]:
+    """What differs, table part by table part and weight by weight; memory holds one block of rows at a time.
+
+    Args:
+        bundle: the bundle.
+        source: opened with the bundle's config, so that shapes agree.
+
+    Raises:
+        CheckpointError: the source cannot be read, or is another model.
+    """
+    if (table_shapes(source.config), dense_shapes(source.config)) != (
+        table_shapes(bundle.config),
+        dense_shapes(bundle.config),
+    ):
+        raise CheckpointError(
+            f"the source is another model than {bundle.path}: their tables or layers differ in name or shape. Give the "
+            "checkpoint that the bundle was made from."
+        )
+    for group, matrix in zip(bundle.config.groups, bundle.map_tables(), strict=True):
+        for part in group.parts:
+            rows = matrix[group.rows_of(part.name)]
+            wrong, first_wrong = 0, None
+            for first, block in source.part_chunks(part):
+                differs = (rows[first : first + len(block)] != block).any(axis=1)
+                if differs.any() and first_wrong is None:
+                    first_wrong = first + int(np.argmax(differs))
+                wrong += int(differs.sum())
+            if wrong:
+                yield f"table {part.name}: {wrong} of {part.rows} rows, the first one is row {first_wrong}"
+    held = bundle.dense_weights()
+    for key, weight in source.dense().items():
+        if key not in held or held[key].shape != weight.shape:
+            yield f"weight {key}: it has another shape"
+        elif wrong := int((held[key] != weight).sum()):
+            yield f"weight {key}: {wrong} of {weight.size} values"
