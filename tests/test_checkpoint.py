@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from peak_memory import PEAK
 
 from dlrm_deploy import checkpoint as module
 from dlrm_deploy.batch import Batch
@@ -417,13 +418,8 @@ def test_reading_a_table_needs_no_second_buffer(tmp_path):
     config = replace(CONFIG, tables=(TableConfig(name="user", rows=4_000_000, width=4), CONFIG.tables[1]))
     tensors = DLRM(config).named_tensors()
     save_checkpoint(tmp_path / "x", config=config, tensors=tensors, optimizer={}, trainer_state={})
-    code = f"""
-from pathlib import Path
+    code = f"""{PEAK}
 from dlrm_deploy.checkpoint import Checkpoint
-
-def peak():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 opened = Checkpoint.open({str(tmp_path / "x")!r})
 opened.read("model.over_arch.model.1.bias")
@@ -432,4 +428,4 @@ opened.read({USER!r})
 print(peak() - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-    assert 62_500 * 0.8 < grown < 62_500 * 1.3  # KiB; the table is 62,500
+    assert 64_000_000 * 0.8 < grown < 64_000_000 * 1.3  # the table is 64 MB

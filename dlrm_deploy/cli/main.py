@@ -17,7 +17,7 @@ from dlrm_deploy.errors import DlrmDeployError
 _COMMANDS = {
     "demo": ("dlrm_deploy.cli.demo:demo", "The whole road on real data, in minutes."),
     "train": ("dlrm_deploy.cli.train:train", "Train a DLRM from a recipe; run again to resume."),
-    "export": ("dlrm_deploy.cli.export:export", "Turn a checkpoint, or a preset, into a bundle."),
+    "export": ("dlrm_deploy.cli.export:export", "Turn a checkpoint, of this project or another, into a bundle."),
     "build": ("dlrm_deploy.cli.build:build", "Build a TensorRT plan for a bundle."),
     "check": ("dlrm_deploy.cli.check:check", "Compare an engine with PyTorch."),
     "bench": ("dlrm_deploy.cli.bench:bench", "Measure engines side by side."),

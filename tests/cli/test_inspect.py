@@ -49,7 +49,8 @@ def test_json_tells_tables_and_their_features(run, bundle):
     facts = json.loads(run(bundle.path, "--json").stdout)
     assert facts["altered"] == []
     assert facts["tables"][1] == {
-        "name": "t_b", "rows": 18, "width": 8, "dtype": "float32", "bytes": 576, "features": ["b"],
+        "name": "t_b", "ids": 18, "rows": 18, "width": 8, "partition": "full", "dtype": "float32", "bytes": 576,
+        "features": ["b"],
     }  # fmt: skip
     assert facts["bytes"]["tables"] == sum(table["bytes"] for table in facts["tables"])
     assert facts["model"] == bundle.config.to_dict()

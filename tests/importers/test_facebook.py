@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peak_memory import PEAK
 
 sys.path.insert(0, str(Path(__file__).parent))
 from facebook_models import FacebookModel, plain, qr
@@ -362,17 +363,13 @@ def test_a_config_with_another_kind_of_table_is_refused(tmp_path):
 
 # Memory
 
-EXPORT = """
-import re, sys
-from pathlib import Path
+EXPORT = f"""{PEAK}
+import sys
 import numpy, onnx, torch
 import dlrm_deploy.engines.torch_eager
 from dlrm_deploy.export.bundle import export_bundle
 from dlrm_deploy.export.importers.common import ImportOptions
 from dlrm_deploy.export.importers.detect import open_source
-
-def peak():  # of this program; ru_maxrss begins with what the process had before it started this program
-    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 small, large, out = map(Path, sys.argv[1:])
 export_bundle(open_source(small, "auto", ImportOptions()), out / "small")

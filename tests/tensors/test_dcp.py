@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from peak_memory import PEAK
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from dlrm_deploy.errors import CheckpointError
@@ -193,15 +194,15 @@ def test_every_cut_of_the_metadata_and_of_the_data_is_refused(tmp_path):
             opened.read("t")
 
 
-MEMORY = """
-import resource, sys
+MEMORY = f"""{PEAK}
+import sys
 from dlrm_deploy.tensors.dcp import DcpFolder
 
 opened = DcpFolder(sys.argv[1])
 opened.read("warm")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 total = sum(block.nbytes for _, block in opened.chunks("table"))
-print(total, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(total, peak() - before)
 assert "torch" not in sys.modules
 """
 

@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from peak_memory import PEAK
 
 from dlrm_deploy.errors import CheckpointError
 from dlrm_deploy.tensors import torch_file
@@ -368,15 +369,15 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
         opened.read("a")
 
 
-MEMORY = """
-import resource, sys
+MEMORY = f"""{PEAK}
+import sys
 from dlrm_deploy.tensors.torch_file import TorchFile
 
 opened = TorchFile(sys.argv[1])
 opened.read("warm")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 total = sum(block.nbytes for _, block in opened.chunks("table"))
-print(total, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(total, peak() - before)
 assert "torch" not in sys.modules
 """
 
@@ -388,4 +389,4 @@ def test_a_table_passes_through_in_little_memory_and_without_torch(tmp_path, dty
     command = [sys.executable, "-c", MEMORY, str(path)]
     total, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert total == rows * 64 * 4
-    assert grown < 50_000_000
+    assert grown < 80_000_000  # a block of 16 MiB, its float32 form, and what converts it
