@@ -75,12 +75,18 @@ class DLRM(nn.Module):
             self.register_parameter(_attribute(key), nn.Parameter(initial_dense(key, shape, generator)))
         self._runs = runs(config)
         # A group may have no bags to pool: those of path tables are looked up one id at a time.
-        self._attributes = [BagAttributes.of(config, group) if group.slots else None for group in self._groups]
+        self._fixed = [BagAttributes.of(config, group) if group.slots else None for group in self._groups]
+        self._csr = [attributes and replace(attributes, pooling_factors=None) for attributes in self._fixed]
+        self._bottom, self._branches = bottom_keys(config), branch_keys(config)
+        self._cross, self._top = cross_keys(config), top_keys(config)
+        self._wide = wide_places(config) if config.wide else None
         self._paths = [_Path(config, feature) for feature, _ in path_features(config)]
 
     def weight(self, key: str) -> Tensor:
         """A weight of `dlrm_deploy.model.keys.dense_shapes`."""
-        return self.get_parameter(_attribute(key))
+        weight = self._parameters[_attribute(key)]
+        assert weight is not None  # all were registered with a value
+        return weight
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every weight under its checkpoint key; table parts are row views of their group's matrix."""
@@ -107,14 +113,12 @@ class DLRM(nn.Module):
     def pool(self, indices: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> list[Tensor]:
         """The pooled embeddings: [B, T, W] of each table group, then [B, 1, W] of each feature of a path table."""
         pooled = []
-        for matrix, attributes in zip(self.group_weights, self._attributes, strict=True):
+        for matrix, attributes in zip(self.group_weights, self._fixed if offsets is None else self._csr, strict=True):
             if attributes is None:
                 batch = _batch_size(self.config, indices, offsets)
                 pooled.append(matrix.new_zeros(batch, 0, matrix.shape[1]))
-                continue
-            if offsets is not None:
-                attributes = replace(attributes, pooling_factors=None)
-            pooled.append(_pool(matrix, indices, offsets, weights, attributes))
+            else:
+                pooled.append(_pool(matrix, indices, offsets, weights, attributes))
         pooled += [path.pool(list(self.group_weights), indices, offsets, weights) for path in self._paths]
         return pooled
 
@@ -123,13 +127,13 @@ class DLRM(nn.Module):
         config = self.config
         if config.dense_transform != "none":
             dense = torch.log(torch.clamp(dense + LOG_SHIFTS[config.dense_transform], min=1))
-        x_BW = self._mlp(dense, bottom_keys(config))
+        x_BW = self._mlp(dense, self._bottom)
         x_BW = self._interact(x_BW, [self._combine(run, pooled) for run in self._runs])
-        if config.top_mlp:
-            *hidden, (weight, bias) = top_keys(config)
+        if self._top:
+            *hidden, (weight, bias) = self._top
             x_BW = F.linear(self._mlp(x_BW, hidden), self.weight(weight), self.weight(bias))
-        if config.wide:
-            group, first = wide_places(config)
+        if self._wide:
+            group, first = self._wide
             x_BW = x_BW + pooled[group][:, first : first + len(config.features)].sum(1)
             if config.dense_features:
                 x_BW = x_BW + F.linear(dense, self.weight(WIDE_DENSE))
@@ -179,11 +183,11 @@ class DLRM(nn.Module):
             return flat_BW
         if config.interaction == "projection":
             B, W = dense_BW.shape
-            one, two = (self._mlp(flat_BW, keys) for keys in branch_keys(config))
+            one, two = (self._mlp(flat_BW, keys) for keys in self._branches)
             products = torch.bmm(one.view(B, -1, W), two.view(B, W, -1)) if B else one.new_zeros(0, 0)
             return torch.cat([dense_BW, products.reshape(B, config.interaction_width - W)], dim=1)
         x_BW = flat_BW
-        for *kernels, bias in cross_keys(config):
+        for *kernels, bias in self._cross:
             if config.interaction == "dcn":
                 w, v = kernels
                 product = F.linear(F.linear(x_BW, self.weight(v)), self.weight(w), self.weight(bias))
