@@ -142,6 +142,14 @@ class Batch:
             else np.array([w for feature in weights for bag in feature for w in bag], np.float32),
         )
 
+    def reduced_ids(self, config: ModelConfig) -> IdArray:
+        """`indices` [N] after the modulo of the features that have one."""
+        if self.batch_size == 0 or not any(feature.modulo for feature in config.features):
+            return self.indices
+        counts_F = np.diff(self.offsets[:: self.batch_size])
+        moduli_N = np.repeat(np.array([feature.modulo or 0 for feature in config.features]), counts_F)
+        return np.where(moduli_N > 0, self.indices % np.maximum(moduli_N, 1), self.indices)
+
     def explain_bad_ids(self, config: ModelConfig) -> str | None:
         """Name the first id, by position, that is outside its table; None where all are inside. For error messages."""
         F, B = len(config.features), self.batch_size
@@ -149,10 +157,7 @@ class Batch:
             return None
         counts_F = np.diff(self.offsets[::B]) if B else np.zeros(F, np.int64)
         limits_N = np.repeat(np.array(config.feature_rows, np.int64), counts_F)
-        ids_N = self.indices
-        if any(feature.modulo for feature in config.features):
-            moduli_N = np.repeat(np.array([feature.modulo or 0 for feature in config.features]), counts_F)
-            ids_N = np.where(moduli_N > 0, ids_N % np.maximum(moduli_N, 1), ids_N)
+        ids_N = self.reduced_ids(config)
         bad = np.flatnonzero((ids_N < 0) | (ids_N >= limits_N))
         if bad.size == 0:
             return None

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from dlrm_deploy.errors import ConfigError
-from dlrm_deploy.tables import Slot, TableConfig, TableGroup, TablePart, check_choice, check_int, check_name
+from dlrm_deploy.tables import MAX_IDS, Slot, TableConfig, TableGroup, TablePart, check_choice, check_int, check_name
 
 Pooling = Literal["sum", "mean"]
 Interaction = Literal["dot", "concat", "dcn", "dcn-v1", "projection", "fm"]
@@ -76,6 +77,8 @@ class FeatureConfig:
             check_int(owner, "max_ids", self.max_ids, 1)
         if self.modulo is not None:
             check_int(owner, "modulo", self.modulo, 1)
+            if self.modulo > MAX_IDS:
+                raise ConfigError(f"{owner}: modulo must be at most 2^62, got {self.modulo}.")
 
     @property
     def longest_bag(self) -> int:
@@ -152,7 +155,7 @@ class ModelConfig:
             ("table", tuple(table.name for table in self.tables)),
             ("feature", tuple(feature.name for feature in self.features)),
         ):
-            repeated = sorted({name for name in names if names.count(name) > 1})
+            repeated = sorted(name for name, count in Counter(names).items() if count > 1)
             if repeated:
                 raise ConfigError(f"{owner}: {kind} names must differ, repeated: {', '.join(repeated)}.")
         self._check_tables()
@@ -172,6 +175,8 @@ class ModelConfig:
             raise ConfigError(f"{owner}: top_mlp is empty, at least one layer is needed.")
         check_choice(owner, "index_policy", self.index_policy, INDEX_POLICIES)
         check_choice(owner, "dense_transform", self.dense_transform, DENSE_TRANSFORMS)
+        if self.dense_transform != "none" and not self.dense_features:
+            raise ConfigError(f"{owner}: dense_transform needs dense_features, and there are none.")
         for field in ("self_interaction", "wide", "weighted"):
             check_bool(owner, field, getattr(self, field))
         if self.weighted and any(feature.pooling == "mean" for feature in self.features):
@@ -237,6 +242,7 @@ class ModelConfig:
         parts = [(part, table) for table in self.tables for part in table.parts]
         if self.wide:
             parts += [(table.wide_part, table) for table in self.tables]
+        pooled = self._pooled()
         groups = []
         for width in dict.fromkeys(part.width for part, _ in parts):
             members = tuple(part for part, _ in parts if part.width == width)
@@ -246,14 +252,15 @@ class ModelConfig:
                 starts[part.name] = rows
                 rows += part.rows
             slots = tuple(
-                Slot(feature, part, starts[part.name]) for feature, part in self._pooled() if part.name in starts
+                Slot(feature, part, starts[part.name]) for feature, part in pooled if part.name in starts
             )
             groups.append(TableGroup(f"width{width}", width, rows, members, tuple(starts.values()), slots))
         return tuple(groups)
 
     def _pooled(self) -> list[tuple[int, TablePart]]:
         """Feature and part of every bag that is pooled by an operator: part by part, in feature order."""
-        tables = [self.table(feature.table) for feature in self.features]
+        by_name = {table.name: table for table in self.tables}
+        tables = [by_name[feature.table] for feature in self.features]
         pooled = [(f, table) for f, table in enumerate(tables) if table.combine != "path"]
         most = max((len(table.parts) for _, table in pooled), default=0)
         slots = [(f, table.parts[j]) for j in range(most) for f, table in pooled if j < len(table.parts)]
@@ -266,7 +273,8 @@ class ModelConfig:
     @property
     def feature_rows(self) -> tuple[int, ...]:
         """Rows of the table behind each feature, in feature order."""
-        return tuple(self.table(feature.table).rows for feature in self.features)
+        rows = {table.name: table.rows for table in self.tables}
+        return tuple(rows[feature.table] for feature in self.features)
 
     @property
     def pooling_factors(self) -> tuple[int, ...] | None:
@@ -287,7 +295,8 @@ class ModelConfig:
     @property
     def vector_widths(self) -> tuple[int, ...]:
         """Width of each feature's vector, in feature order."""
-        return tuple(self.table(feature.table).output_width for feature in self.features)
+        widths = {table.name: table.output_width for table in self.tables}
+        return tuple(widths[feature.table] for feature in self.features)
 
     @property
     def flat_width(self) -> int:

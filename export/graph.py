@@ -149,8 +149,8 @@ def _path(
             if part not in table.parts:
                 continue
             attributes = BagAttributes.of_ids(config, feature, part, group.rows_of(part.name).start)
-            overload = f"{name}_{part.name}"
-            looked_up = _bags(n, attributes, group.name, overload, f"rows_{name}_{part.name}", ids)
+            overload = f"{name}.{part.name}"  # names hold no dots, so no two pairs give one
+            looked_up = _bags(n, attributes, group.name, overload, f"rows_{overload}", ids)
             rows.append((table.parts.index(part), n.op("Squeeze", looked_up, n.constant([1]))))
             bodies.append(embedding_bag_function(attributes, overload))
     x = path_mlps(n, table, [row for _, row in sorted(rows)])

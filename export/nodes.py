@@ -1,6 +1,6 @@
 """Nodes: writes ONNX nodes one call at a time, naming their outputs.
 
-n = Nodes("bottom")
+n = Nodes()
 y = n.op("Relu", n.op("Gemm", x, w, b, transB=1))
 """
 
@@ -20,10 +20,9 @@ DOMAIN_VERSION = 1
 
 
 class Nodes:
-    """A growing list of nodes, all of whose names begin with `prefix`."""
+    """A growing list of nodes."""
 
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix = prefix
+    def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
 
     def op(self, op_type: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
@@ -41,4 +40,4 @@ class Nodes:
         return self.op("Constant", value=numpy_helper.from_array(np.asarray(value, dtype)))
 
     def _name(self, op_type: str) -> str:
-        return f"{self.prefix}{op_type}_{len(self.nodes)}"
+        return f"{op_type}_{len(self.nodes)}"

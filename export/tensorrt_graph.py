@@ -209,7 +209,7 @@ def _pool_path(n: Nodes, config: ModelConfig, feature: int, table: TableConfig, 
     for part in table.parts:
         group = next(group for group in config.groups if part in group.parts)
         a = _never_fails(BagAttributes.of_ids(config, feature, part, group.rows_of(part.name).start))
-        looked_up = f"rows_{name}_{part.name}"
+        looked_up = f"rows_{name}.{part.name}"
         pool_fixed(n, a, (1,), ids=ids, table=table_tensor(group.name), weights="", output=looked_up, dtype=np.int32)
         rows.append(n.op("Squeeze", looked_up, n.constant([1])))
     x = path_mlps(n, table, rows)

@@ -113,6 +113,10 @@ def test_pooling_factors_are_known_only_where_all_are_fixed():
         ({"bottom_mlp": (8, 5)}, "the bottom MLP ends in 5 and table 'user' is 4 wide"),
         ({"bottom_mlp": ()}, "interaction dot needs a bottom MLP"),
         ({"top_mlp": ()}, "top_mlp is empty"),
+        (
+            {"dense_features": (), "bottom_mlp": (), "interaction": "concat", "dense_transform": "log1p"},
+            "dense_transform needs dense_features",
+        ),
         ({"dense_transform": "log"}, "dense_transform must be one of none, log1p, log3, got 'log'"),
         ({"interaction": "projection", "branch1": (8,)}, "branch2 must end in a multiple of the embedding width 4"),
         ({"branch1": (8,)}, "branch1 belongs to interaction projection, not dot"),
@@ -141,6 +145,8 @@ def test_a_config_that_cannot_be_right_is_refused(changes, message):
     [
         (lambda: FeatureConfig(name="f", table="t", pooling="max"), "pooling must be one of sum, mean"),
         (lambda: FeatureConfig(name="f", table="t", pooling_factor=2, max_ids=3), "not both"),
+        (lambda: FeatureConfig(name="f", table="t", modulo=0), "modulo must be a whole number of at least 1, got 0"),
+        (lambda: FeatureConfig(name="f", table="t", modulo=1 << 63), "modulo must be at most 2\\^62"),
     ],
 )
 def test_a_table_or_feature_that_cannot_be_right_is_refused(make, message):

@@ -77,11 +77,7 @@ def _check_bags(batch: Batch, config: ModelConfig, max_bag: int) -> None:
 
 def _narrow(batch: Batch, config: ModelConfig) -> npt.NDArray[np.int32]:
     """Ids as int32 that stand for the same rows under the index policy."""
-    ids = batch.indices
-    if ids.size and any(feature.modulo for feature in config.features):  # here, where 64 bits are at hand
-        counts = np.diff(batch.offsets[:: batch.batch_size])
-        moduli = np.repeat(np.array([feature.modulo or 0 for feature in config.features]), counts)
-        ids = np.where(moduli > 0, ids % np.maximum(moduli, 1), ids)
+    ids = batch.reduced_ids(config)  # here, where 64 bits are at hand
     if config.index_policy != "error" and ids.size and (ids.min() < _INT32.min or ids.max() > _INT32.max):
         if config.index_policy == "modulo":
             counts = np.diff(batch.offsets[:: batch.batch_size])
