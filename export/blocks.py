@@ -1,7 +1,7 @@
 """The blocks of a DLRM as standard ONNX nodes: everything between the embedding bags and the probabilities.
 
-`graph` and `tensorrt_graph` write different bags around the same blocks. Outputs of stages have fixed names (`stages`),
-by which `dlrm_deploy.parity.bisect` finds them.
+`graph` and `tensorrt_graph` write different bags around the same blocks. Outputs of stages have fixed names
+(`dlrm_deploy.model.stage_names`), by which `dlrm_deploy.parity.bisect` finds them.
 """
 
 from __future__ import annotations
@@ -20,35 +20,14 @@ from dlrm_deploy.model.keys import (
     cross_keys,
     top_keys,
 )
+from dlrm_deploy.model.stage_names import DENSE_LOG, INTERACTIONS, LOGITS, cross_name, mlp_name, run_name
 from dlrm_deploy.model.vectors import Run, runs, wide_places
 from dlrm_deploy.tables import TableConfig
 
 Dot = Callable[[str, str, str | None], str]
 """Writes a dot interaction: first vector [B, W], the others [B, T, W], name of the output or None; gives that name."""
 
-LOGITS = "logits"
-INTERACTIONS = "interactions"
 _END = np.iinfo(np.int64).max
-
-
-def pooled_name(group: str) -> str:
-    """Tensor that holds the pooled bags [B, T, W] of a table group."""
-    return f"pooled_{group}"
-
-
-def path_name(feature: str) -> str:
-    """Tensor that holds the pooled vector [B, 1, W] of a feature of a path table."""
-    return f"path_{feature}"
-
-
-def run_name(run: Run) -> str:
-    """Tensor that holds the vectors [B, count, W] of a run, where making them took any work."""
-    return f"vectors_{run.first}"
-
-
-def mlp_name(mlp: str, layer: int) -> str:
-    """Tensor that holds what a layer gives, after its ReLU; `mlp` is bottom, top, branch1 or branch2."""
-    return f"{mlp}_{layer}"
 
 
 def transformed_dense(n: Nodes, config: ModelConfig) -> str:
@@ -56,7 +35,7 @@ def transformed_dense(n: Nodes, config: ModelConfig) -> str:
     if config.dense_transform == "none":
         return "dense"
     shift = n.constant(LOG_SHIFTS[config.dense_transform], np.float32)
-    return n.op("Log", n.op("Max", n.op("Add", "dense", shift), n.constant(1.0, np.float32)), output="dense_log")
+    return n.op("Log", n.op("Max", n.op("Add", "dense", shift), n.constant(1.0, np.float32)), output=DENSE_LOG)
 
 
 def mlp(n: Nodes, x: str, layers: Sequence[tuple[str, str]], name: str, first: int = 0) -> str:
@@ -108,7 +87,7 @@ def interact(n: Nodes, config: ModelConfig, dense: str, pieces: Sequence[tuple[R
         return n.op("Concat", dense, flat_products, axis=1, output=INTERACTIONS)
     x = x0
     for i, (*kernels, bias) in enumerate(cross_keys(config)):
-        output = INTERACTIONS if i + 1 == config.cross_layers else f"cross_{i}"
+        output = INTERACTIONS if i + 1 == config.cross_layers else cross_name(i)
         if config.interaction == "dcn":
             w, v = kernels
             product = n.op("Gemm", n.op("Gemm", x, v, transB=1), w, bias, transB=1)

@@ -21,8 +21,6 @@ from dlrm_deploy.export.blocks import (
     interact,
     mlp,
     path_mlps,
-    path_name,
-    pooled_name,
     score,
     transformed_dense,
     vectors,
@@ -30,6 +28,7 @@ from dlrm_deploy.export.blocks import (
 from dlrm_deploy.export.function_bodies import dot_interaction_function, embedding_bag_function
 from dlrm_deploy.export.nodes import DOMAIN, DOMAIN_VERSION, OPSET, Nodes
 from dlrm_deploy.model.keys import bottom_keys
+from dlrm_deploy.model.stage_names import path_name, pooled_name
 from dlrm_deploy.model.vectors import path_features
 from dlrm_deploy.ops.contract import BagAttributes
 from dlrm_deploy.tables import TableConfig

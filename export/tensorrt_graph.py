@@ -26,8 +26,6 @@ from dlrm_deploy.export.blocks import (
     interact,
     mlp,
     path_mlps,
-    path_name,
-    pooled_name,
     score,
     transformed_dense,
     vectors,
@@ -36,6 +34,7 @@ from dlrm_deploy.export.function_bodies import dot_interaction, policy_rows, poo
 from dlrm_deploy.export.graph import IR_VERSION, signature, value_info
 from dlrm_deploy.export.nodes import OPSET, Nodes
 from dlrm_deploy.model.keys import WIDE_BIAS, WIDE_DENSE, bottom_keys, top_keys
+from dlrm_deploy.model.stage_names import path_name, pooled_name
 from dlrm_deploy.model.vectors import path_features
 from dlrm_deploy.ops.contract import BagAttributes
 from dlrm_deploy.tables import TableConfig

@@ -38,7 +38,7 @@ _MOST_THREADS = 1024
 def _check_number(field: str, value: object, *, positive: bool) -> None:
     """A finite number above zero, or from zero on."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < 0 or (positive and value == 0):  # type: ignore[operator]
+    if not number or value < 0 or (positive and value == 0):  # type: ignore[operator]  # it is a number
         raise ConfigError(f"{field} must be a number {'above' if positive else 'of at least'} 0, got {value!r}.")
 
 

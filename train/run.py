@@ -142,7 +142,7 @@ class _State:
 
 
 def _are_finite(*values: object) -> bool:
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)  # type: ignore[arg-type]
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)  # type: ignore[arg-type]  # a number
 
 
 def train(recipe: Recipe, out: Path, reporter: Reporter | None = None) -> TrainingResult:
@@ -345,7 +345,7 @@ class _Run:
             )
         self._dense_optimizer.zero_grad()
         self._table_optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._dense_optimizer.step()
         self._table_optimizer.step()
         return value

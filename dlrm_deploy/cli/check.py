@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dlrm_deploy.batch_file import read_batch
 from dlrm_deploy.bundle import REFERENCE, Bundle
 from dlrm_deploy.cli.bench import whole_numbers
 from dlrm_deploy.engines.registry import ENGINE_NAMES
 from dlrm_deploy.errors import EngineError, MissingDependencyError, OutputError
 from dlrm_deploy.metrics import CONFIDENCE, Difference
-from dlrm_deploy.parity.batch_file import read_batch
 from dlrm_deploy.parity.check import SEED, SIZES, check_parity
 from dlrm_deploy.parity.labelled import MAX_AUC_DROP, RESAMPLES, LabelledSamples
 from dlrm_deploy.parity.report import LabelledParity, ParityReport

@@ -118,7 +118,7 @@ class ArrayDataset:
         """
         rows = checked_rows(rows, len(self))
         bags_FB = (np.arange(self._features) * len(self))[:, None] + rows
-        taken = Bags(self._samples.indices, self._samples.offsets).take(bags_FB.reshape(-1))  # type: ignore[arg-type]
+        taken = Bags(self._samples.indices, self._samples.offsets).take(bags_FB.reshape(-1))  # type: ignore[arg-type]  # int64, by _join
         return Batch(self.dense[rows], taken.values, taken.offsets), self.labels[rows]
 
 

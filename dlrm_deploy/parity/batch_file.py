@@ -1,46 +1,5 @@
-"""One batch in an .npz file: what fails can be kept, handed on and checked again."""
+"""`read_batch`, where it used to be."""
 
-from __future__ import annotations
+from dlrm_deploy.batch_file import read_batch
 
-import zipfile
-import zlib
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-
-from dlrm_deploy.batch import Batch
-from dlrm_deploy.errors import BatchError, DataError
-
-_NEEDED = ("dense", "indices", "offsets")
-
-
-def read_batch(path: Path) -> tuple[Batch, dict[str, npt.NDArray[Any]]]:
-    """Read arrays `dense` [B, D], `indices` [N], `offsets` [F * B + 1] and, if there, `weights` [N].
-
-    Returns:
-        The batch, and all other arrays of the file by name.
-
-    Raises:
-        DataError: the file cannot be read, lacks an array, or its arrays are no batch. Nothing in it is unpickled.
-    """
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no .npz file, or was cut")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    # zipfile says RuntimeError and NotImplementedError of what it takes for encrypted or of another compression.
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as err:
-        raise DataError(f"cannot read {path}: {err}. Write it with numpy.savez.") from err
-    missing = [name for name in _NEEDED if name not in arrays]
-    if missing:
-        raise DataError(
-            f"{path} lacks {' and '.join(missing)}: it holds {', '.join(arrays) or 'nothing'}. A batch needs "
-            f"{', '.join(_NEEDED)}, and weights for a weighted model."
-        )
-    try:
-        batch = Batch(arrays.pop("dense"), arrays.pop("indices"), arrays.pop("offsets"), arrays.pop("weights", None))
-    except BatchError as err:
-        raise DataError(f"{path}: {err}") from err
-    return batch, arrays
+__all__ = ["read_batch"]

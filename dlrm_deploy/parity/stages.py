@@ -2,14 +2,14 @@
 
 Each stage is computed in float64 from the *engine's own* inputs to it, so that an error shows where it is made and
 nowhere else. The bound is not a tolerance but the largest error that float32 rounding can make in any order of
-additions: a sum of n products is off by at most gamma(n) = n u / (1 - n u) times the sum of their sizes, u = 2^-24
-(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+additions (`_bound`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,18 @@ import numpy.typing as npt
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.config import LOG_SHIFTS
-from dlrm_deploy.export import blocks
 from dlrm_deploy.model.keys import DENSE_VECTORS, WIDE_BIAS, WIDE_DENSE, bottom_keys, branch_keys, cross_keys, top_keys
+from dlrm_deploy.model.stage_names import (
+    DENSE_LOG,
+    INTERACTIONS,
+    LOGITS,
+    PROBABILITIES,
+    cross_name,
+    mlp_name,
+    path_name,
+    pooled_name,
+    run_name,
+)
 from dlrm_deploy.model.vectors import Run, path_features, runs, wide_places
 from dlrm_deploy.ops.contract import BagAttributes
 from dlrm_deploy.ops.reference import table_rows
@@ -27,8 +37,15 @@ from dlrm_deploy.tables import TablePart
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
 
+BLOCK_VALUES = 1 << 20
+"""Table values that are added up at a time: 8 MiB in float64."""
+
 _UNIT = 2.0**-24
-_TINY = 1e-37  # products that are flushed to zero
+_TINY = 1.2e-38  # no less than the smallest normal float32: what is smaller may be taken for zero
+_MOST = float(np.finfo(np.float32).max)
+
+Seen = Mapping[str, FloatArray]
+"""The graph's tensors by name."""
 
 Value = tuple[DoubleArray, DoubleArray]
 """What a stage should give, and the largest error of float32 rounding, of one shape."""
@@ -42,8 +59,8 @@ class Stage:
     """For people: "feature user, table users", "bottom MLP, layer 1", "interaction", "top MLP, layer 0", ..."""
 
     tensor: str
-    reference: Callable[[Mapping[str, FloatArray]], Value]
-    """From the graph's tensors to the value; samples are the first axis."""
+    reference: Callable[[Seen], Value]
+    """From the graph's tensors to the value; samples are the first axis. A bound that is not finite says nothing."""
 
     part: tuple[slice, ...] = ()
     """Which part of the tensor belongs to this stage, behind the first axis."""
@@ -59,8 +76,8 @@ class Stages:
         self._tables = bundle.map_tables()
         self._runs = runs(self._config)
         self._groups = self._config.groups
-        paths = [blocks.path_name(self._config.features[f].name) for f, _ in path_features(self._config)]
-        self._outputs = [*(blocks.pooled_name(group.name) for group in self._groups), *paths]
+        paths = [path_name(self._config.features[f].name) for f, _ in path_features(self._config)]
+        self._outputs = [*(pooled_name(group.name) for group in self._groups), *paths]
 
     def __iter__(self) -> Iterator[Stage]:
         config = self._config
@@ -68,26 +85,26 @@ class Stages:
         yield from self._path_stages()
         dense = "dense"
         if config.dense_transform != "none":
-            dense = "dense_log"
+            dense = DENSE_LOG
             yield Stage("dense transform", dense, lambda _: self._transform())
         x = dense
         for i, keys in enumerate(bottom_keys(config)):
-            x, source = blocks.mlp_name("bottom", i), x
-            yield Stage(f"bottom MLP, layer {i}", x, self._layer(source, keys))
+            x, source = mlp_name("bottom", i), x
+            yield Stage(f"bottom MLP, layer {i}", x, partial(self._layer, source, keys))
         yield from self._run_stages()
         yield from self._interaction_stages(x)
-        x = blocks.INTERACTIONS
+        x = INTERACTIONS
         *hidden, last = top_keys(config) or (None,)
         for i, hidden_keys in enumerate(keys for keys in hidden if keys):
-            x, source = blocks.mlp_name("top", i), x
-            yield Stage(f"top MLP, layer {i}", x, self._layer(source, hidden_keys))
+            x, source = mlp_name("top", i), x
+            yield Stage(f"top MLP, layer {i}", x, partial(self._layer, source, hidden_keys))
         name = f"top MLP, layer {len(config.top_mlp) - 1}" if last else "first-order terms"
         if config.wide and last:
             name += ", and first-order terms"
         if last or config.wide:
-            yield Stage(name, blocks.LOGITS, lambda seen, x=x: self._logits(seen, x, dense, last))  # type: ignore[misc]
-            x = blocks.LOGITS
-        yield Stage("sigmoid", "probabilities", lambda seen: _sigmoid(seen[x].astype(np.float64)[:, 0]))
+            yield Stage(name, LOGITS, partial(self._logits, x, dense, last))
+            x = LOGITS
+        yield Stage("sigmoid", PROBABILITIES, lambda seen: _sigmoid(seen[x].astype(np.float64)[:, 0]))
 
     # Tables
 
@@ -101,74 +118,68 @@ class Stages:
                 yield Stage(
                     f"feature {feature}, table {slot.part.name}",
                     self._outputs[g],
-                    lambda _, g=g, t=t, a=attributes: self._pool(g, t, a),  # type: ignore[misc]
+                    partial(self._pool, g, t, attributes),
                     (slice(t, t + 1),),
                 )
 
-    def _pool(self, g: int, t: int, attributes: BagAttributes) -> Value:
+    def _pool(self, g: int, t: int, attributes: BagAttributes, _: Seen) -> Value:
         """[B, 1, D] of a slot."""
-        feature = attributes.features[t]
-        rows, kept, weights, bag = self._ids(feature, attributes, t)
-        vectors = np.where(kept[:, None], self._tables[g][rows], 0).astype(np.float64)
-        return self._add_up(vectors * weights[:, None], np.abs(vectors * weights[:, None]), bag, feature)
+        feature, width = attributes.features[t], self._tables[g].shape[1]
+        bags = self._bags(feature, width)
+        for ids in self._blocks(feature, width):
+            vectors, weights = self._looked_up(g, t, attributes, ids)
+            bags.add(ids, vectors, np.zeros_like(vectors), weights)
+        return bags.value()
 
-    def _ids(
-        self, feature: int, attributes: BagAttributes, t: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], DoubleArray, npt.NDArray[np.int64]]:
-        """Of each id of a feature: its row, whether it is read at all, its weight, and its sample."""
-        batch = self._batch
-        B = batch.batch_size
-        bounds = batch.offsets[feature * B : (feature + 1) * B + 1].astype(np.int64)
-        ids = slice(int(bounds[0]), int(bounds[-1]))
-        rows, kept = table_rows(batch.indices[ids].astype(np.int64), attributes, t)
-        weights = np.ones(rows.size) if batch.weights is None else batch.weights[ids].astype(np.float64)
-        return rows, kept, weights, np.repeat(np.arange(B), np.diff(bounds))
-
-    def _add_up(self, terms: DoubleArray, sizes: DoubleArray, bag: npt.NDArray[np.int64], feature: int) -> Value:
+    def _bounds(self, feature: int) -> npt.NDArray[np.int64]:
+        """[B + 1]: where the ids of a feature's bags begin and end."""
         B = self._batch.batch_size
-        value, size = np.zeros((B, terms.shape[1])), np.zeros((B, terms.shape[1]))
-        np.add.at(value, bag, terms)
-        np.add.at(size, bag, sizes)
-        lengths = np.bincount(bag, minlength=B)[:, None]
-        bound = _gamma(lengths + 3) * size
-        if self._config.features[feature].pooling == "mean":
-            value, bound = value / np.maximum(lengths, 1), bound / np.maximum(lengths, 1)
-        return value[:, None], bound[:, None]
+        return self._batch.offsets[feature * B : (feature + 1) * B + 1].astype(np.int64)
+
+    def _bags(self, feature: int, width: int) -> _Bags:
+        return _Bags(self._bounds(feature), width, self._config.features[feature].pooling == "mean")
+
+    def _blocks(self, feature: int, width: int) -> Iterator[slice]:
+        """The ids of a feature in blocks that hold up to `BLOCK_VALUES` table values."""
+        bounds = self._bounds(feature)
+        first, last = int(bounds[0]), int(bounds[-1])
+        step = max(1, BLOCK_VALUES // width)
+        for start in range(first, last, step):
+            yield slice(start, min(start + step, last))
+
+    def _looked_up(self, g: int, t: int, attributes: BagAttributes, ids: slice) -> tuple[DoubleArray, DoubleArray]:
+        """The row [n, D] that each id reads, zeros where it reads none, and its weight [n]."""
+        batch = self._batch
+        rows, kept = table_rows(batch.indices[ids].astype(np.int64), attributes, t)
+        vectors = self._tables[g][rows].astype(np.float64)
+        vectors[~kept] = 0
+        weights = np.ones(rows.size) if batch.weights is None else batch.weights[ids].astype(np.float64)
+        return vectors, weights
 
     def _path_stages(self) -> Iterator[Stage]:
         for feature, table in path_features(self._config):
             name = self._config.features[feature].name
-            yield Stage(
-                f"feature {name}, table {table.name}",
-                blocks.path_name(name),
-                lambda _, f=feature, parts=table.parts, h=table.path_hidden: self._path(f, parts, h),  # type: ignore[misc]
-            )
+            reference = partial(self._path, feature, table.parts, table.path_hidden)
+            yield Stage(f"feature {name}, table {table.name}", path_name(name), reference)
 
-    def _path(self, feature: int, parts: Sequence[TablePart], hidden: int) -> Value:
-        looked_up = []
+    def _path(self, feature: int, parts: Sequence[TablePart], hidden: int, _: Seen) -> Value:
+        """[B, 1, W] of a feature of a path table: the MLPs of its ids one by one, in the rows of all parts but one."""
+        places = []
         for part in parts:
             g, group = next((g, group) for g, group in enumerate(self._groups) if part in group.parts)
-            attributes = BagAttributes.of_ids(self._config, feature, part, group.rows_of(part.name).start)
-            rows, kept, weights, bag = self._ids(feature, attributes, 0)
-            looked_up.append(np.where(kept[:, None], self._tables[g][rows], 0).astype(np.float64))
-        x, *banks = looked_up
-        N, W = x.shape
-        error = np.zeros_like(x)
-        for bank in banks:
-            cuts = np.cumsum([hidden * W, hidden, W * hidden])
-            w1, b1, w2, b2 = np.split(bank, cuts, axis=1)
-            for matrix, bias, shape in ((w1, b1, (hidden, W)), (w2, b2, (W, hidden))):
-                m = matrix.reshape(N, *shape)
-                error = np.einsum("nij,nj->ni", np.abs(m), error + _gamma(shape[1] + 1) * np.abs(x)) + _UNIT * np.abs(
-                    bias
-                )
-                x = np.einsum("nij,nj->ni", m, x) + bias
-                error += 2 * _UNIT * np.abs(x)
-                if shape[0] == hidden and matrix is w1:
-                    x = np.maximum(x, 0)
-        value, bound = self._add_up(x * weights[:, None], np.abs(x * weights[:, None]), bag, feature)
-        carried, _ = self._add_up(error * np.abs(weights)[:, None], error, bag, feature)
-        return value, bound + carried
+            places.append((g, BagAttributes.of_ids(self._config, feature, part, group.rows_of(part.name).start)))
+        W = parts[0].width
+        bags = self._bags(feature, W)
+        for ids in self._blocks(feature, max(part.width for part in parts)):
+            looked_up = [self._looked_up(g, 0, attributes, ids) for g, attributes in places]
+            (x, weights), *banks = looked_up
+            error = np.zeros_like(x)
+            for bank, _weights in banks:
+                w1, b1, w2, b2 = np.split(bank, np.cumsum([hidden * W, hidden, W * hidden]), axis=1)
+                x, error = _relu(_times_each(w1.reshape(-1, hidden, W), x, error, b1))
+                x, error = _times_each(w2.reshape(-1, W, hidden), x, error, b2)
+            bags.add(ids, x, error, weights)
+        return bags.value()
 
     # Vectors and interaction
 
@@ -180,125 +191,135 @@ class Stages:
             names = f"feature {first}" if run.count == 1 else f"features {first} to {last}"
             how = f"{run.combine} of parts" if len(run.parts) > 1 else ""
             how += (" and " if how and run.projection else "") + ("projection" if run.projection else "")
-            tensor = blocks.run_name(run)
-            yield Stage(f"{names}, {how}", tensor, lambda seen, run=run: self._run(run, seen))  # type: ignore[misc]
+            yield Stage(f"{names}, {how}", run_name(run), partial(self._run, run))
 
-    def _parts(self, run: Run, seen: Mapping[str, FloatArray]) -> list[DoubleArray]:
+    def _parts(self, run: Run, seen: Seen) -> list[DoubleArray]:
         return [
             seen[self._outputs[output]][:, slot : slot + run.count].astype(np.float64) for output, slot in run.parts
         ]
 
-    def _run(self, run: Run, seen: Mapping[str, FloatArray]) -> Value:
-        parts = self._parts(run, seen)
+    def _run(self, run: Run, seen: Seen) -> Value:
+        x, *others = self._parts(run, seen)
+        error = np.zeros_like(x)
         if run.combine == "concat":
-            x = np.concatenate(parts, axis=2)
-            bound = np.zeros_like(x)
-        elif run.combine == "add":
-            x, bound = np.sum(parts, axis=0), _gamma(len(parts)) * np.sum(np.abs(parts), axis=0)
-        else:
-            x = np.prod(parts, axis=0)
-            bound = _gamma(len(parts)) * np.abs(x)
-        if run.projection is None:
-            return x, bound
-        weight = self._weights[run.projection]
-        return x @ weight.T, bound @ np.abs(weight).T + _gamma(weight.shape[1] + 1) * (np.abs(x) @ np.abs(weight).T)
+            x = np.concatenate([x, *others], axis=2)
+            error = np.zeros_like(x)
+        for other in others if run.combine != "concat" else ():
+            if run.combine == "add":
+                size = np.abs(x) + error + np.abs(other)
+                x, error = x + other, error + _bound(1, size, size)
+            else:
+                product = (np.abs(x) + error) * np.abs(other)
+                inputs = np.abs(x) + error + np.abs(other)
+                x, error = x * other, error * np.abs(other) + _bound(1, product, inputs)
+        return (x, error) if run.projection is None else _times(self._weights[run.projection], x, error)
 
-    def _vectors(self, seen: Mapping[str, FloatArray]) -> list[DoubleArray]:
+    def _vectors(self, seen: Seen) -> list[DoubleArray]:
         """[B, count, W] of each run, as the engine had them."""
         return [
             self._parts(run, seen)[0]
             if len(run.parts) == 1 and run.projection is None
-            else seen[blocks.run_name(run)].astype(np.float64)
+            else seen[run_name(run)].astype(np.float64)
             for run in self._runs
         ]
 
     def _interaction_stages(self, dense: str) -> Iterator[Stage]:
         config = self._config
         if config.interaction in ("dot", "fm"):
-            yield Stage("interaction", blocks.INTERACTIONS, lambda seen: self._dot(seen, dense))
+            yield Stage("interaction", INTERACTIONS, partial(self._dot, dense))
             return
         if config.interaction == "projection":
             for b, keys in enumerate(branch_keys(config), start=1):
                 for i, layer in enumerate(keys):
-                    source = blocks.mlp_name(f"branch{b}", i - 1) if i else None
-                    reference = self._layer(source, layer) if source else self._flat_layer(dense, layer)
-                    yield Stage(f"interaction, branch {b}, layer {i}", blocks.mlp_name(f"branch{b}", i), reference)
-            yield Stage("interaction", blocks.INTERACTIONS, lambda seen: self._products(seen, dense))
+                    name = mlp_name(f"branch{b}", i)
+                    before = mlp_name(f"branch{b}", i - 1)
+                    reference = partial(self._layer, before, layer) if i else partial(self._flat_layer, dense, layer)
+                    yield Stage(f"interaction, branch {b}, layer {i}", name, reference)
+            yield Stage("interaction", INTERACTIONS, partial(self._products, dense))
             return
         if config.interaction == "concat":
-            yield Stage("interaction", blocks.INTERACTIONS, lambda seen: _exact(self._flat(seen, dense)))
+            yield Stage("interaction", INTERACTIONS, lambda seen: _exact(self._flat(seen, dense)))
             return
         for i in range(config.cross_layers):
-            last = i + 1 == config.cross_layers
-            before = f"cross_{i - 1}" if i else None
-            yield Stage(
-                f"interaction, cross layer {i}",
-                blocks.INTERACTIONS if last else f"cross_{i}",
-                lambda seen, i=i, before=before: self._cross(seen, dense, i, before),  # type: ignore[misc]
-            )
+            tensor = INTERACTIONS if i + 1 == config.cross_layers else cross_name(i)
+            yield Stage(f"interaction, cross layer {i}", tensor, partial(self._cross, dense, i))
 
-    def _flat(self, seen: Mapping[str, FloatArray], dense: str) -> DoubleArray:
-        flat = [vectors.reshape(len(vectors), -1) for vectors in self._vectors(seen)]
+    def _flat(self, seen: Seen, dense: str) -> DoubleArray:
+        flat = [v.reshape(v.shape[0], v.shape[1] * v.shape[2]) for v in self._vectors(seen)]
+        if not self._config.dense_features:
+            return np.concatenate(flat, axis=1)
         return np.concatenate([seen[dense].astype(np.float64), *flat], axis=1)
 
-    def _dot(self, seen: Mapping[str, FloatArray], dense: str) -> Value:
+    def _dot(self, dense: str, seen: Seen) -> Value:
         config = self._config
-        x = self._vectors(seen)
-        dense_values = seen[dense].astype(np.float64)
-        inexact = 1
-        if config.has_dense_vector:
-            x.insert(0, dense_values[:, None])
-        elif config.dense_features:
-            x.insert(0, dense_values[:, :, None] * self._weights[DENSE_VECTORS])
-            inexact = 3  # two rounded vectors and their product
-        vectors = np.concatenate(x, axis=1)
-        row, column = np.tril_indices(vectors.shape[1], 0 if config.self_interaction else -1)
-        products = np.einsum("bpd,bpd->bp", vectors[:, row], vectors[:, column])
-        sizes = np.einsum("bpd,bpd->bp", np.abs(vectors[:, row]), np.abs(vectors[:, column]))
-        bound = _gamma(vectors.shape[2] + inexact) * sizes
+        pieces = [_exact(x) for x in self._vectors(seen)]
+        dense_values = seen[dense].astype(np.float64) if config.dense_features else None
+        if dense_values is not None and config.has_dense_vector:
+            pieces.insert(0, _exact(dense_values[:, None]))
+        elif dense_values is not None:
+            each, scaled = np.abs(dense_values)[:, :, None], np.abs(self._weights[DENSE_VECTORS])
+            made = dense_values[:, :, None] * self._weights[DENSE_VECTORS]
+            pieces.insert(0, (made, _bound(1, each * scaled, each + scaled)))
+        x, error = (np.concatenate(arrays, axis=1) for arrays in zip(*pieces, strict=True))
+        size = np.abs(x) + error
+        row, column = np.tril_indices(x.shape[1], 0 if config.self_interaction else -1)
+
+        def pairs(left: DoubleArray, right: DoubleArray) -> DoubleArray:
+            """[B, P]: what each pair's vectors give in a product of all with all [B, V, V]."""
+            products: DoubleArray = (left @ right.swapaxes(1, 2))[:, row, column]
+            return products
+
+        width = x.shape[2]
+        sums = size.sum(axis=2)
+        products, sizes, inputs = pairs(x, x), pairs(size, size), sums[:, row] + sums[:, column]
+        bound = _bound(width, sizes, inputs)
+        if error.any():
+            bound += pairs(error, size) + pairs(size, error)
         if config.interaction == "fm":
-            terms = products.shape[1] + vectors.shape[2] + inexact
-            return products.sum(1, keepdims=True), _gamma(terms) * sizes.sum(1, keepdims=True)
-        if not config.has_dense_vector:
+            total = sizes.sum(1, keepdims=True)
+            carried = bound.sum(1, keepdims=True)
+            return products.sum(1, keepdims=True), carried + _bound(products.shape[1], total + carried, total)
+        if dense_values is None or not config.has_dense_vector:
             return products, bound
         return (
             np.concatenate([dense_values, products], axis=1),
             np.concatenate([np.zeros_like(dense_values), bound], axis=1),
         )
 
-    def _products(self, seen: Mapping[str, FloatArray], dense: str) -> Value:
-        width = self._config.vector_widths[0]
-        ends = (len(self._config.branch1) - 1, len(self._config.branch2) - 1)
-        one, two = (
-            seen[blocks.mlp_name(f"branch{b}", end)].astype(np.float64) for b, end in zip((1, 2), ends, strict=True)
-        )
+    def _products(self, dense: str, seen: Seen) -> Value:
+        config = self._config
+        width = config.vector_widths[0]
+        ends = (len(config.branch1) - 1, len(config.branch2) - 1)
+        one, two = (seen[mlp_name(f"branch{b}", end)].astype(np.float64) for b, end in zip((1, 2), ends, strict=True))
         B = len(one)
         one, two = one.reshape(B, one.shape[1] // width, width), two.reshape(B, width, two.shape[1] // width)
-        products, sizes = one @ two, np.abs(one) @ np.abs(two)
+        products = one @ two
+        inputs = np.abs(one).sum(2, keepdims=True) + np.abs(two).sum(1, keepdims=True)
+        bound = _bound(width, np.abs(one) @ np.abs(two), inputs)
         dense_values = seen[dense].astype(np.float64)
         flat = (B, products.shape[1] * products.shape[2])
         return (
             np.concatenate([dense_values, products.reshape(flat)], axis=1),
-            np.concatenate([np.zeros_like(dense_values), _gamma(width + 1) * sizes.reshape(flat)], axis=1),
+            np.concatenate([np.zeros_like(dense_values), bound.reshape(flat)], axis=1),
         )
 
-    def _cross(self, seen: Mapping[str, FloatArray], dense: str, layer: int, before: str | None) -> Value:
+    def _cross(self, dense: str, layer: int, seen: Seen) -> Value:
         first = self._flat(seen, dense)
-        x = first if before is None else seen[before].astype(np.float64)
+        x = seen[cross_name(layer - 1)].astype(np.float64) if layer else first
         *kernels, bias_key = cross_keys(self._config)[layer]
         bias = self._weights[bias_key]
         if self._config.interaction == "dcn":
             w, v = (self._weights[key] for key in kernels)
-            low, low_error = x @ v.T, _gamma(v.shape[1] + 1) * (np.abs(x) @ np.abs(v).T)
-            inner = low @ w.T + bias
-            error = low_error @ np.abs(w).T + _gamma(w.shape[1] + 2) * (np.abs(low) @ np.abs(w).T + np.abs(bias))
-            value = first * inner + x
-            return value, np.abs(first) * error + 3 * _UNIT * (np.abs(first * inner) + np.abs(x))
-        weight = self._weights[kernels[0]]
-        inner = x @ weight.T
-        error = _gamma(weight.shape[1] + 1) * (np.abs(x) @ np.abs(weight).T)
+            low, low_error = _times(v, x, np.zeros_like(x))
+            inner, error = _times(w, low, low_error, bias)
+            bias = np.zeros_like(bias)
+        else:
+            inner, error = _times(self._weights[kernels[0]], x, np.zeros_like(x))
         value = first * inner + bias + x
-        return value, np.abs(first) * error + 4 * _UNIT * (np.abs(first * inner) + np.abs(x) + np.abs(bias))
+        largest = np.abs(inner) + error
+        size = np.abs(first) * largest + np.abs(bias) + np.abs(x)
+        inputs = np.abs(first) + largest + np.abs(bias) + np.abs(x)
+        return value, np.abs(first) * error + _bound(3, size, inputs)
 
     # Layers
 
@@ -307,32 +328,91 @@ class Stages:
         value = np.log(shifted)
         return value, 2 * _UNIT + 8 * _UNIT * np.abs(value)  # one rounding before the logarithm, a few units in it
 
-    def _layer(self, source: str, keys: tuple[str, str]) -> Callable[[Mapping[str, FloatArray]], Value]:
-        return lambda seen: _relu(self._linear(seen[source].astype(np.float64), keys))
+    def _layer(self, source: str, keys: tuple[str, str], seen: Seen) -> Value:
+        return _relu(self._linear(seen[source].astype(np.float64), keys))
 
-    def _flat_layer(self, dense: str, keys: tuple[str, str]) -> Callable[[Mapping[str, FloatArray]], Value]:
-        return lambda seen: _relu(self._linear(self._flat(seen, dense), keys))
+    def _flat_layer(self, dense: str, keys: tuple[str, str], seen: Seen) -> Value:
+        return _relu(self._linear(self._flat(seen, dense), keys))
 
     def _linear(self, x: DoubleArray, keys: tuple[str, str]) -> Value:
         weight, bias = (self._weights[key] for key in keys)
-        value = x @ weight.T + bias
-        return value, _gamma(weight.shape[1] + 2) * (np.abs(x) @ np.abs(weight).T + np.abs(bias))
+        return _times(weight, x, np.zeros_like(x), bias)
 
-    def _logits(self, seen: Mapping[str, FloatArray], source: str, dense: str, last: tuple[str, str] | None) -> Value:
+    def _logits(self, source: str, dense: str, last: tuple[str, str] | None, seen: Seen) -> Value:
         x = seen[source].astype(np.float64)
-        value, bound = self._linear(x, last) if last else _exact(x)
+        value, error = self._linear(x, last) if last else _exact(x)
         if not self._config.wide:
-            return value, bound
-        size = np.abs(value)
+            return value, error
         group, first = wide_places(self._config)
         features = len(self._config.features)
-        terms = [seen[self._outputs[group]][:, first : first + features, 0].astype(np.float64)]
+        terms = [value, seen[self._outputs[group]][:, first : first + features, 0].astype(np.float64)]
+        inputs = np.zeros((len(x), 1))
         if self._config.dense_features:
-            terms.append(seen[dense].astype(np.float64) * self._weights[WIDE_DENSE][0])
+            dense_values, weight = seen[dense].astype(np.float64), self._weights[WIDE_DENSE][0]
+            terms.append(dense_values * weight)
+            inputs += (np.abs(dense_values) + np.abs(weight)).sum(1, keepdims=True)
         terms.append(np.broadcast_to(self._weights[WIDE_BIAS], (len(x), 1)))
         every = np.concatenate(terms, axis=1)
-        size += np.abs(every).sum(1, keepdims=True)
-        return value + every.sum(1, keepdims=True), bound + _gamma(every.shape[1] + 3) * size
+        size = np.abs(every).sum(1, keepdims=True) + error
+        return every.sum(1, keepdims=True), error + _bound(every.shape[1] + 1, size, inputs + size)
+
+
+class _Bags:
+    """The sums of one feature's bags and their bounds, from the vectors of its ids in blocks of any size."""
+
+    def __init__(self, bounds: npt.NDArray[np.int64], width: int, mean: bool) -> None:
+        self._bounds = bounds  # [B + 1]
+        self._mean = mean
+        shape = (bounds.size - 1, width)
+        self._sum, self._size, self._error, self._inputs = (np.zeros(shape) for _ in range(4))
+
+    def add(self, ids: slice, vectors: DoubleArray, errors: DoubleArray, weights: DoubleArray) -> None:
+        """The vectors [n, W] of the ids in a slice, how far off each is at most, and their weights [n]."""
+        bags = np.searchsorted(self._bounds, np.arange(ids.start, ids.stop), side="right") - 1
+        starts = np.flatnonzero(np.diff(bags, prepend=-1))  # bags without ids are not among them
+        bag = bags[starts]
+        weight = np.abs(weights)[:, None]
+        self._sum[bag] += np.add.reduceat(vectors * weights[:, None], starts)
+        self._error[bag] += np.add.reduceat(errors * weight, starts)
+        largest = np.abs(vectors)
+        largest += errors
+        self._inputs[bag] += np.add.reduceat(largest + weight, starts)
+        largest *= weight
+        self._size[bag] += np.add.reduceat(largest, starts)
+
+    def value(self) -> Value:
+        """[B, 1, W] after pooling."""
+        lengths = np.diff(self._bounds)[:, None]
+        value, error = self._sum, self._error + _bound(lengths, self._size, self._inputs)
+        if self._mean:
+            length = np.maximum(lengths, 1)
+            value, error = value / length, error / length
+            # The division, and the length as a float32 number.
+            error = error + _bound(2, np.abs(value) + error, np.abs(value) + error)
+        return value[:, None], error[:, None]
+
+
+def _times(weight: DoubleArray, x: DoubleArray, error: DoubleArray, bias: DoubleArray | None = None) -> Value:
+    """x @ weight.T + bias for x [..., in] that is off by `error` at most, and weight [out, in]."""
+    matrix = np.abs(weight).T
+    largest = np.abs(x) + error
+    size = largest @ matrix
+    inputs = largest.sum(-1, keepdims=True) + matrix.sum(0)
+    value, terms = x @ weight.T, weight.shape[1]
+    if bias is not None:
+        value, size, inputs, terms = value + bias, size + np.abs(bias), inputs + np.abs(bias), terms + 1
+    carried = error @ matrix if error.any() else 0.0
+    return value, carried + _bound(terms, size, inputs)
+
+
+def _times_each(matrices: DoubleArray, x: DoubleArray, error: DoubleArray, bias: DoubleArray) -> Value:
+    """`_times` for vectors [n, in] that have a matrix [n, out, in] and a bias [n, out] each."""
+    sizes = np.abs(matrices)
+    largest = np.abs(x) + error
+    size = np.einsum("nij,nj->ni", sizes, largest) + np.abs(bias)
+    inputs = largest.sum(1, keepdims=True) + sizes.sum(2) + np.abs(bias)
+    value = np.einsum("nij,nj->ni", matrices, x) + bias
+    return value, np.einsum("nij,nj->ni", sizes, error) + _bound(x.shape[1] + 1, size, inputs)
 
 
 def _exact(x: DoubleArray) -> Value:
@@ -348,7 +428,20 @@ def _sigmoid(logits: DoubleArray) -> Value:
     return value, np.full_like(value, 16 * _UNIT)  # libraries approximate it to some units in the last place of 1
 
 
-def _gamma(terms: npt.ArrayLike) -> DoubleArray:
-    n = np.asarray(terms, np.float64) * _UNIT
-    bound: DoubleArray = n / (1 - n) + _TINY
-    return bound
+def _bound(terms: npt.ArrayLike, size: DoubleArray, inputs: DoubleArray) -> DoubleArray:
+    """Largest error of a sum of products in float32, in any order.
+
+    gamma(n) = n u / (1 - n u) times the sum of the products' sizes, u = 2^-24 (Higham, Accuracy and Stability of
+    Numerical Algorithms, section 3.1), n one more than `terms`. Below the normal numbers rounding is absolute, and
+    some libraries take such numbers for zero: each result may be off by `_TINY`, and each factor too, which the other
+    one multiplies. Infinite where n u is 1 or more, and where a sum may be larger than the largest float32.
+
+    Args:
+        terms: products that are added up.
+        size: the sum of their sizes.
+        inputs: the sum of the sizes of their factors.
+    """
+    n = np.asarray(terms, np.float64) + 1
+    gamma = np.where(n * _UNIT < 1, n * _UNIT / np.maximum(1 - n * _UNIT, _UNIT), np.inf)
+    bound = gamma * size + _TINY * (2 * n + inputs)
+    return np.where(np.isfinite(size) & (size + bound > _MOST), np.inf, bound)

@@ -14,24 +14,12 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from dlrm_deploy.errors import CheckpointError
-from dlrm_deploy.tensors.restricted_pickle import (
-    MAX_PICKLE_BYTES,
-    Record,
-    RefusedGlobalError,
-    StandIn,
-    StandIns,
-    unpickle,
-)
-from dlrm_deploy.tensors.stand_ins import TORCH_FILE
+from dlrm_deploy.tensors.restricted_pickle import MAX_PICKLE_BYTES, Record, StandIn, StandIns, unpickle
+from dlrm_deploy.tensors.stand_ins import MAX_COUNT, TORCH_FILE, counts, first
 from dlrm_deploy.tensors.store import ITEM_BYTES, Array, TensorStore
 from dlrm_deploy.tensors.torch_file import TorchFile
 
 METADATA = ".metadata"
-
-_MAX_DIMS = 64  # of NumPy
-_MAX_COUNT = 1 << 62
-_MAX_OBJECT_BYTES = 1 << 20
-"""Objects other than tensors are read up to this size: step counts and settings are small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +52,7 @@ class _Entry:
 
 
 class DcpFolder(TensorStore):
-    """An opened folder. Its metadata has been read; tensors are read when asked for."""
+    """An opened folder. Its metadata has been read; tensors are read when asked for, other objects never."""
 
     kind = "a torch.distributed.checkpoint folder"
 
@@ -76,7 +64,7 @@ class DcpFolder(TensorStore):
                 tensor are missing.
         """
         self.path = Path(path)
-        self._entries, self._objects = _read_metadata(self.path / METADATA)
+        self._entries = _read_metadata(self.path / METADATA)
 
     def keys(self) -> tuple[str, ...]:
         return tuple(self._entries)
@@ -90,23 +78,6 @@ class DcpFolder(TensorStore):
     def files(self) -> frozenset[str]:
         """The names of the files that hold the tensors."""
         return frozenset(box.place.file for entry in self._entries.values() for box in entry.boxes)
-
-    def values(self) -> Mapping[str, object]:
-        """The plain values in the folder's small objects. Objects of a class of their own are left out.
-
-        Raises:
-            CheckpointError: one cannot be read.
-        """
-        values: dict[str, object] = {}
-        for key, place in self._objects.items():
-            if place.length > _MAX_OBJECT_BYTES:
-                continue
-            try:
-                found = self._open(key, place).values()
-            except RefusedGlobalError:
-                continue
-            values.update({f"{key}.{name}" if name else key: value for name, value in found.items()})
-        return values
 
     def read_into(self, key: str, first_row: int, out: Array) -> None:
         entry = self._entry(key)
@@ -164,23 +135,11 @@ class _Index(Record):
 
     def _key(self) -> tuple[str, tuple[int, ...] | None]:
         offset = self.state.get("offset") if isinstance(self.state, dict) else None
-        return self.get("fqn", str), None if offset is None else _numbers(offset)
-
-
-def _numbers(values: object) -> tuple[int, ...]:
-    if not isinstance(values, tuple) or len(values) > _MAX_DIMS:
-        raise ValueError("a place is no short tuple of numbers")
-    if not all(type(value) is int and 0 <= value <= _MAX_COUNT for value in values):
-        raise ValueError("a place is no tuple of counts")
-    return values
+        return self.get("fqn", str), None if offset is None else counts(offset, "place of a chunk")
 
 
 def _path(*parts: object) -> str:
     return str(PurePosixPath(*(part for part in parts if isinstance(part, str))))
-
-
-def _first(value: object = None, *_: object) -> object:
-    return value
 
 
 _TORCH = "torch.distributed.checkpoint"
@@ -197,11 +156,11 @@ _STAND_INS: StandIns = {
         )
     },
     (f"{_TORCH}.metadata", "MetadataIndex"): StandIn(_Index),
-    (f"{_TORCH}.metadata", "_MEM_FORMAT_ENCODING"): StandIn(_first),
+    (f"{_TORCH}.metadata", "_MEM_FORMAT_ENCODING"): StandIn(first),
     (f"{_TORCH}.filesystem", "_StorageInfo"): StandIn(Record),
     # before torch 2.3
     ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): StandIn(Record),
-    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): StandIn(_first),
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): StandIn(first),
     **{
         (module, name): StandIn(_path)
         for module in ("pathlib", "pathlib._local")
@@ -220,8 +179,8 @@ _STAND_INS: StandIns = {
 }
 
 
-def _read_metadata(path: Path) -> tuple[dict[str, _Entry], dict[str, _Place]]:
-    """The tensors and the other objects of a folder."""
+def _read_metadata(path: Path) -> dict[str, _Entry]:
+    """The tensors of a folder."""
     label = f"{path} is damaged or was not written by torch.distributed.checkpoint"
     try:
         with path.open("rb") as file:
@@ -236,25 +195,23 @@ def _read_metadata(path: Path) -> tuple[dict[str, _Entry], dict[str, _Place]]:
             raise ValueError(f"it holds a {type(metadata).__name__}")
         storage = metadata.get("storage_data", dict)
         entries: dict[str, _Entry] = {}
-        objects: dict[str, _Place] = {}
         for key, record in metadata.get("state_dict_metadata", dict).items():
             if not isinstance(key, str) or not isinstance(record, Record) or not isinstance(record.state, dict):
                 raise ValueError("its list of tensors makes no sense")
             if "size" in record.state:
                 entries[key] = _tensor(key, record, storage)
-            elif _index(key, None) in storage:
-                objects[key] = _place(key, storage[_index(key, None)])
-        return entries, objects
+        return entries
     except (ValueError, TypeError, LookupError, AttributeError) as err:
         raise CheckpointError(f"{label}: {str(err) or type(err).__name__}.") from err
 
 
 def _tensor(key: str, record: Record, storage: Mapping[object, object]) -> _Entry:
-    shape = _numbers(record.get("size", tuple))
+    shape = counts(record.get("size", tuple), f"shape of {key}")
     dtype = _dtype(key, record)
     boxes = []
     for part in record.get("chunks", list):
-        starts, sizes = _numbers(part.get("offsets", tuple)), _numbers(part.get("sizes", tuple))
+        starts = counts(part.get("offsets", tuple), f"place of a chunk of {key}")
+        sizes = counts(part.get("sizes", tuple), f"shape of a chunk of {key}")
         info = storage.get(_index(key, starts))
         if info is None:
             raise ValueError(f"the place of {key} is missing")
@@ -283,7 +240,7 @@ def _dtype(key: str, record: Record) -> str:
     return dtype.value
 
 
-def _index(key: str, offset: tuple[int, ...] | None) -> _Index:
+def _index(key: str, offset: tuple[int, ...]) -> _Index:
     index = _Index()
     index.state = {"fqn": key, "offset": offset}
     return index
@@ -295,7 +252,7 @@ def _place(key: str, info: object) -> _Place:
     if info.state.get("transform_descriptors"):
         raise ValueError(f"{key} is stored compressed")
     place = _Place(info.get("relative_path", str), info.get("offset", int), info.get("length", int))
-    if not 0 <= place.offset <= _MAX_COUNT or not 0 <= place.length <= _MAX_COUNT:
+    if not 0 <= place.offset <= MAX_COUNT or not 0 <= place.length <= MAX_COUNT:
         raise ValueError(f"the place of {key} makes no sense")
     if Path(place.file).name != place.file or "\0" in place.file:
         raise ValueError(f"the place of {key} makes no sense")

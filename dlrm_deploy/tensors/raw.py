@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from dlrm_deploy.errors import CheckpointError
-from dlrm_deploy.tensors.store import BLOCK_BYTES, Array
+from dlrm_deploy.tensors.store import Array
 
 
 class RawMatrix:
@@ -40,21 +39,18 @@ class RawMatrix:
                 "cut, or is it the table of another model?"
             )
 
-    def chunks(self) -> Iterator[tuple[int, Array]]:
-        """The matrix in blocks (first row, [n, width]) of at most 16 MiB, from the first row to the last.
+    def read_into(self, first_row: int, out: Array) -> None:
+        """Fill `out` [n, width] with the rows from `first_row` on, which the matrix has.
 
         Raises:
             CheckpointError: the file cannot be read, or became shorter.
         """
-        rows, width = self.shape
-        step = max(1, BLOCK_BYTES // max(1, width * self.dtype.itemsize))
         try:
             with self.path.open("rb") as file:
-                for first in range(0, rows, step):
-                    count = min(step, rows - first) * width
-                    block = np.fromfile(file, self.dtype.newbyteorder("<"), count)
-                    if len(block) != count:
-                        raise CheckpointError(f"{self.path} became shorter while it was read.")
-                    yield first, block.reshape(-1, width).astype(self.dtype, copy=False)
+                file.seek(first_row * self.shape[1] * self.dtype.itemsize)
+                values = np.fromfile(file, self.dtype.newbyteorder("<"), out.size)
         except OSError as err:
             raise CheckpointError(f"cannot read {self.path}: {err}.") from err
+        if values.size != out.size:
+            raise CheckpointError(f"{self.path} became shorter while it was read.")
+        out[...] = values.reshape(out.shape)

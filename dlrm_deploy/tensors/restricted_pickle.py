@@ -371,6 +371,11 @@ _ADVICE = (
         ("torch.distributed.", "torchrec."),
         "Such objects hold one process's part of a table: save with torch.distributed.checkpoint, not torch.save.",
     ),
+    (
+        ("torch._utils._rebuild_wrapper_subclass",),
+        "ShardedTensor and DTensor are written so, of which each process holds a part: save with "
+        "torch.distributed.checkpoint, not torch.save.",
+    ),
     (("__torch__", "torch.jit"), "It holds TorchScript code: save the state_dict of the model with torch.save."),
     (("torch.storage",), "It was written by pickle, not by torch.save: write the state_dict with torch.save."),
     (
@@ -384,5 +389,5 @@ _ADVICE = (
 
 def _refuse(module: str, name: str) -> NoReturn:
     shown = f"{module}.{name}".encode("ascii", "backslashreplace").decode()[:100]
-    advice = next(text for starts, text in _ADVICE if module.startswith(starts))
+    advice = next(text for starts, text in _ADVICE if f"{module}.{name}".startswith(starts))
     raise _RefusedError(f"it names {shown}, which no checkpoint needs; it was not called. {advice}")

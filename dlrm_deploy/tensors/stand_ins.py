@@ -14,8 +14,9 @@ import numpy as np
 from dlrm_deploy.tensors.restricted_pickle import Record, StandIn, StandIns
 from dlrm_deploy.tensors.store import ITEM_BYTES, Array
 
-_MAX_DIMS = 64
-_MAX_COUNT = 1 << 62
+_MAX_DIMS = 64  # of NumPy
+MAX_COUNT = 1 << 62
+"""Largest count of values or bytes that is believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +61,19 @@ class StoredArray(Record):
         if type(state) is not tuple or len(state) != 5:
             raise ValueError("a NumPy array has no values")
         _, shape, dtype, by_column, content = state
-        counts = _counts(shape, "shape of a NumPy array")
+        sizes = counts(shape, "shape of a NumPy array")
         name = _array_dtype(dtype)
         raw = _raw(content)
-        if name is None or len(raw) != math.prod(counts) * ITEM_BYTES[name]:
-            raise ValueError(f"a NumPy array of shape {list(counts)} has {len(raw)} bytes")
-        return np.frombuffer(raw, name).reshape(counts, order="F" if by_column else "C")
+        if name is None or len(raw) != math.prod(sizes) * ITEM_BYTES[name]:
+            raise ValueError(f"a NumPy array of shape {list(sizes)} has {len(raw)} bytes")
+        return np.frombuffer(raw, name).reshape(sizes, order="F" if by_column else "C")
 
     def shape_and_dtype(self) -> tuple[tuple[int, ...], str] | None:
         """Its shape and dtype; None where it holds something other than numbers."""
         state = self.state
         if type(state) is not tuple or len(state) != 5 or (name := _array_dtype(state[2])) is None:
             return None
-        return _counts(state[1], "shape of a NumPy array"), name
+        return counts(state[1], "shape of a NumPy array"), name
 
 
 class Namespace(Record):
@@ -103,18 +104,27 @@ class _Latin:
 
 
 def _count(value: object, what: str) -> int:
-    if type(value) is not int or not 0 <= value <= _MAX_COUNT:
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
         raise ValueError(f"the {what} is {str(value)[:40] if type(value) is int else type(value).__name__}")
     return value
 
 
-def _counts(values: object, what: str) -> tuple[int, ...]:
-    if type(values) not in (tuple, list) or len(values) > _MAX_DIMS:  # type: ignore[arg-type]
+def counts(values: object, what: str) -> tuple[int, ...]:
+    """A shape or a place: at most 64 numbers that are not negative, whose product is one that a file can have.
+
+    Raises:
+        ValueError: it is anything else; `what` names it in the message.
+    """
+    numbers = tuple(_count(value, what) for value in _short_list(values, what))
+    if math.prod(numbers) > MAX_COUNT:
+        raise ValueError(f"the {what} is {list(numbers)}, more than any file holds")
+    return numbers
+
+
+def _short_list(values: object, what: str) -> list[object] | tuple[object, ...]:
+    if not isinstance(values, list | tuple) or len(values) > _MAX_DIMS:
         raise ValueError(f"the {what} is no short list of numbers")
-    counts = tuple(_count(value, what) for value in values)  # type: ignore[attr-defined]
-    if math.prod(counts) > _MAX_COUNT:
-        raise ValueError(f"the {what} is {list(counts)}, more than any file holds")
-    return counts
+    return values
 
 
 def storage(kind: object, key: object, count: object) -> Storage:
@@ -134,8 +144,8 @@ def _tensor(storage: object, offset: object, shape: object, strides: object, dty
         raise ValueError("a tensor has no storage")
     dtype = dtype or storage.dtype
     start = _count(offset, "offset of a tensor")
-    sizes = _counts(shape, "shape of a tensor")
-    steps = tuple(_count(step, "stride of a tensor") for step in _counts_list(strides))
+    sizes = counts(shape, "shape of a tensor")
+    steps = tuple(_count(step, "stride of a tensor") for step in _short_list(strides, "strides of a tensor"))
     if len(steps) != len(sizes):
         raise ValueError(f"a tensor has {len(sizes)} dimensions and {len(steps)} strides")
     if math.prod(sizes):
@@ -143,12 +153,6 @@ def _tensor(storage: object, offset: object, shape: object, strides: object, dty
         if end * ITEM_BYTES[dtype] > storage.size:
             raise ValueError(f"a tensor of shape {list(sizes)} ends behind its storage of {storage.size} bytes")
     return StoredTensor(storage, dtype, start, sizes, steps)
-
-
-def _counts_list(values: object) -> list[object]:
-    if type(values) not in (tuple, list) or len(values) > _MAX_DIMS:  # type: ignore[arg-type]
-        raise ValueError("the strides of a tensor are no short list")
-    return list(values)  # type: ignore[call-overload, no-any-return]
 
 
 def _rebuild_tensor(storage: object, offset: object, shape: object, strides: object, *_: object) -> StoredTensor:
@@ -181,10 +185,11 @@ def _rebuild_from_type(rebuild: object, _type: object, arguments: object, *_: ob
 def _rebuild_sparse(_layout: object, parts: object) -> dict[str, object]:
     if type(parts) is not tuple or len(parts) < 3:
         raise ValueError("a sparse tensor has no indices, values and size")
-    return {"indices": parts[0], "values": parts[1], "size": list(_counts(parts[2], "size of a sparse tensor"))}
+    return {"indices": parts[0], "values": parts[1], "size": list(counts(parts[2], "size of a sparse tensor"))}
 
 
-def _first(value: object = None, *_: object) -> object:
+def first(value: object = None, *_: object) -> object:
+    """For things that one argument makes: that argument."""
     return value
 
 
@@ -195,7 +200,7 @@ def _device(kind: object = "cpu", index: object = None) -> str:
 
 
 def _size(values: object = ()) -> tuple[int, ...]:
-    return _counts(values, "size")
+    return counts(values, "size")
 
 
 def _empty(make: Callable[[], object]) -> Callable[..., object]:
@@ -264,8 +269,8 @@ _CONTAINERS: dict[str, StandIn] = {
     "float": StandIn(),
     "bool": StandIn(),
     "str": StandIn(),
-    "set": StandIn(_first),
-    "frozenset": StandIn(_first),
+    "set": StandIn(first),
+    "frozenset": StandIn(first),
     "slice": StandIn(lambda *_: Unread()),
     "complex": StandIn(lambda *_: Unread()),
 }
@@ -287,8 +292,8 @@ _REBUILDS: StandIns = {
     ("torch._utils", "_rebuild_tensor"): StandIn(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): StandIn(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): StandIn(_rebuild_tensor_v3),
-    ("torch._utils", "_rebuild_parameter"): StandIn(_first),
-    ("torch._utils", "_rebuild_parameter_with_state"): StandIn(_first),
+    ("torch._utils", "_rebuild_parameter"): StandIn(first),
+    ("torch._utils", "_rebuild_parameter_with_state"): StandIn(first),
     ("torch._utils", "_rebuild_sparse_tensor"): StandIn(_rebuild_sparse),
 }
 
@@ -301,7 +306,7 @@ TORCH_FILE: StandIns = {
     ("torch.nn.parameter", "Buffer"): StandIn(),
     ("torch", "Size"): StandIn(_size),
     ("torch", "device"): StandIn(_device),
-    ("torch.serialization", "_get_layout"): StandIn(_first),
+    ("torch.serialization", "_get_layout"): StandIn(first),
     ("torch.storage", "UntypedStorage"): StandIn(value="uint8"),
     ("torch", "UntypedStorage"): StandIn(value="uint8"),
     **{(module, name): StandIn(value=dtype) for module in ("torch", "torch.cuda") for name, dtype in _STORAGES.items()},

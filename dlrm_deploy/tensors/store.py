@@ -45,7 +45,7 @@ ITEM_BYTES: Mapping[str, int] = {
 
 
 class TensorStore(ABC):
-    """Named tensors in a file or folder, and the plain values beside them. Nothing is kept open or in memory."""
+    """Named tensors in a file or folder. Nothing is kept open or in memory."""
 
     path: Path
     kind: str
@@ -70,10 +70,6 @@ class TensorStore(ABC):
         Raises:
             CheckpointError: there is no such key.
         """
-
-    @abstractmethod
-    def values(self) -> Mapping[str, object]:
-        """The numbers, strings, booleans and Nones beside the tensors, by flat name."""
 
     @abstractmethod
     def read_into(self, key: str, first_row: int, out: Array) -> None:

@@ -98,6 +98,7 @@ class TorchFile(TensorStore):
         return self._entry(key)[1]
 
     def values(self) -> Mapping[str, object]:
+        """The plain values beside the tensors, named like them: numbers, texts, None, and dtypes by their name."""
         return dict(self._values)
 
     def read_into(self, key: str, first_row: int, out: Array) -> None:
@@ -369,7 +370,7 @@ class _Reader:
     def _read(self, offset: int, values: Array) -> None:
         """Values from a place on, in one run."""
         self._file.seek(self._start + offset * self._stored.itemsize)
-        left = memoryview(values.view(np.uint8))  # type: ignore[arg-type]
+        left = values.view(np.uint8).data
         while left:
             count = self._file.readinto(left)
             if not count:

@@ -9,7 +9,6 @@ Main path: `open_facebook` -> `read_names` -> `_config` -> `_mapping`.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import numpy as np
@@ -29,6 +28,7 @@ from dlrm_deploy.export.importers.common import (
     read_rows,
 )
 from dlrm_deploy.export.importers.facebook_names import PROJECT, Names, Table, read_names
+from dlrm_deploy.export.importers.layers import dot_width, features_of_dot
 from dlrm_deploy.model.keys import bottom_keys, projection_key, top_keys
 from dlrm_deploy.tables import Combine, Division, TableConfig
 from dlrm_deploy.tensors.finite import check_finite
@@ -197,12 +197,9 @@ def readings(top_inputs: int, width: int) -> dict[str, int]:
         The number of tables for each of `INTERACTIONS` that can give that number.
     """
     tables = {}
-    pairs = top_inputs - width
-    if pairs > 0:
-        vectors = (math.isqrt(8 * pairs + 1) + 1) // 2  # of which this many pairs can be made
-        if vectors * (vectors - 1) // 2 == pairs:
-            tables["dot"] = vectors - 1
-            tables["dot-self"] = vectors - 2
+    if features := features_of_dot(top_inputs, width):
+        tables["dot"] = features
+        tables["dot-self"] = features - 1  # as many pairs: one vector less, each with itself too
     if top_inputs % width == 0:
         tables["cat"] = top_inputs // width - 1
     return {interaction: count for interaction, count in tables.items() if count > 0}
@@ -231,8 +228,8 @@ def _interaction(store: TensorStore, names: Names, width: int, options: ImportOp
         )
     if asked is not None or not fitting:
         gives = {
-            "dot": width + count * (count + 1) // 2,
-            "dot-self": width + (count + 1) * (count + 2) // 2,
+            "dot": dot_width(count, width),
+            "dot-self": dot_width(count + 1, width),
             "cat": (count + 1) * width,
         }
         shown = ", ".join(f"{interaction} {gives[interaction]}" for interaction in ([asked] if asked else gives))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from dlrm_deploy.batch import Batch
+from dlrm_deploy.batch_file import read_batch
 from dlrm_deploy.bundle import Golden
 from dlrm_deploy.config import ModelConfig
-from dlrm_deploy.errors import BatchError, ConfigError
-from dlrm_deploy.tensors.store import Array
+from dlrm_deploy.errors import BatchError, ConfigError, DataError
 
 
 def read_golden(path: Path, config: ModelConfig) -> Golden:
@@ -26,24 +23,20 @@ def read_golden(path: Path, config: ModelConfig) -> Golden:
     Raises:
         ConfigError: it cannot be read, lacks an array, or does not fit the model.
     """
-    arrays = _read_arrays(path)
-    outputs = [name for name in ("probabilities", "logits") if name in arrays]
-    missing = [name for name in ("dense", "indices", "offsets") if name not in arrays]
-    if missing or len(outputs) != 1:
-        raise ConfigError(
-            f"--golden {path} holds {', '.join(arrays) or 'no array'}; expected dense, indices, offsets, and either "
-            "probabilities or logits."
-        )
     try:
-        batch = Batch(
-            _cast(arrays["dense"], "f", np.float32),
-            _cast(arrays["indices"], "iu", np.int64),
-            _cast(arrays["offsets"], "iu", np.int64),
-            _cast(arrays["weights"], "f", np.float32) if "weights" in arrays else None,
-        )
+        batch, arrays = read_batch(path, convert=True)
+    except DataError as err:
+        raise ConfigError(f"--golden: {err}") from err
+    try:
         batch.check_fits(config)
     except BatchError as err:
         raise ConfigError(f"--golden {path} does not fit the model: {err}") from err
+    outputs = [name for name in ("probabilities", "logits") if name in arrays]
+    if len(outputs) != 1:
+        raise ConfigError(
+            f"--golden {path} holds {' and '.join(outputs) or 'no output'} beside the batch, expected either "
+            "probabilities or logits."
+        )
     values = arrays[outputs[0]]
     if values.shape != (batch.batch_size,) or values.dtype.kind != "f" or not np.isfinite(values).all():
         raise ConfigError(
@@ -56,19 +49,3 @@ def read_golden(path: Path, config: ModelConfig) -> Golden:
     if batch.batch_size == 0 or values.min() < 0 or values.max() > 1:
         raise ConfigError(f"--golden {path}: {outputs[0]} must be at least one, and probabilities between 0 and 1.")
     return Golden(batch, values.astype(np.float32))
-
-
-def _read_arrays(path: Path) -> dict[str, Array]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.ndarray):
-            with loaded as file:
-                return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as err:
-        raise ConfigError(f"cannot read --golden {path}: {err}. Expected a file written by numpy.savez.") from err
-    raise ConfigError(f"--golden {path} holds a single array, expected a .npz file of several.")
-
-
-def _cast(values: Array, kinds: str, dtype: type[np.generic]) -> Array:
-    """The values as `dtype` where they are of one of these kinds; else as they are, which `Batch` refuses."""
-    return values.astype(dtype) if values.dtype.kind in kinds else values

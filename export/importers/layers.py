@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -75,12 +76,16 @@ def reordered(columns: IntArray) -> Callable[[FloatArray, int], FloatArray]:
     return lambda values, first: np.ascontiguousarray(values[:, columns])
 
 
+def dot_width(features: int, vector: int) -> int:
+    """How many columns the dot interaction gives with `features` sparse features and vectors of width `vector`."""
+    return vector + features * (features + 1) // 2
+
+
 def features_of_dot(width: int, vector: int) -> int | None:
-    """How many sparse features make `width` columns with vectors of width `vector`; None where no number does."""
+    """How many sparse features, at least one, make `dot_width` this `width`; None where no number does."""
     pairs = width - vector
-    features = int(((8 * pairs + 1) ** 0.5 - 1) / 2) if pairs > 0 else 0
-    exact = (n for n in (features, features + 1) if n > 0 and n * (n + 1) // 2 == pairs)
-    return next(exact, None)
+    features = (math.isqrt(8 * pairs + 1) - 1) // 2 if pairs > 0 else 0
+    return features if features and dot_width(features, vector) == width else None
 
 
 def upper_triangle(vectors: int) -> IntArray:

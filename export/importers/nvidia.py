@@ -30,6 +30,7 @@ from dlrm_deploy.export.importers.common import (
 from dlrm_deploy.export.importers.layers import (
     IntArray,
     Shapes,
+    dot_width,
     lower_triangle,
     mlp_widths,
     pair_columns,
@@ -106,24 +107,11 @@ class NvidiaFolder(TensorStore):
         file, name = self._file(key)
         return file.dtype(name)
 
-    def values(self) -> Mapping[str, object]:
-        return {}
-
     def read_into(self, key: str, first_row: int, out: Array) -> None:
         if key not in self._tables:
             file, name = self._file(key)
-            file.read_into(name, first_row, out)
-            return
-        matrix = self._tables[key]
-        try:
-            with matrix.path.open("rb") as stream:
-                stream.seek(first_row * matrix.shape[1] * matrix.dtype.itemsize)
-                values = np.fromfile(stream, matrix.dtype.newbyteorder("<"), out.size)
-        except OSError as err:
-            raise CheckpointError(f"cannot read {matrix.path}: {err}.") from err
-        if values.size != out.size:
-            raise CheckpointError(f"{matrix.path} became shorter while it was read.")
-        out[...] = values.reshape(out.shape)
+            return file.read_into(name, first_row, out)
+        self._tables[key].read_into(first_row, out)
 
     def _file(self, key: str) -> tuple[TorchFile, str]:
         if key not in self._files:
@@ -383,7 +371,7 @@ def _interaction(
     path: Path, top: int, features: int, width: int, said: Metadata, options: ImportOptions
 ) -> NvidiaInteraction:
     """The interaction whose output is `top` wide."""
-    dot = width + features * (features + 1) // 2
+    dot = dot_width(features, width)
     cat = (features + 1) * width
     widths: dict[NvidiaInteraction, tuple[int, ...]] = {"dot": (dot, _padded(dot)), "concat": (cat,)}
     asked = None

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from bundles import CONFIGS
 
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.tensorrt import build as build_module
@@ -13,6 +14,8 @@ from dlrm_deploy.engines.tensorrt.build import build_plan, make_profile
 from dlrm_deploy.engines.tensorrt.header import read_header
 from dlrm_deploy.engines.tensorrt.sidecar import Sidecar
 from dlrm_deploy.errors import EngineError, MissingDependencyError, OutputError
+from dlrm_deploy.export.bundle import export_bundle
+from dlrm_deploy.export.sources import RandomSource
 from dlrm_deploy.files import sha256_file
 from dlrm_deploy.presets import preset
 
@@ -59,6 +62,16 @@ def test_rtx_builds_a_plan_without_a_gpu_and_the_sidecar_says_what_it_is(make_bu
     assert roles.count("table") == len(sidecar.table_inputs) == (groups if tables == "input" else 0)
     assert {tensor.dtype for tensor in sidecar.tensors if tensor.role in ("indices", "offsets")} == {"int32"}
     assert all(opened.manifest.files[t.file].sha256 == t.sha256 for t in sidecar.table_inputs)
+
+
+@needs_rtx
+@pytest.mark.parametrize("kind", ["parts", "parts_fixed", "branches", "ids_only"])
+def test_rtx_builds_every_kind_of_table_and_interaction(kind, tmp_path):
+    bundle = export_bundle(RandomSource(CONFIGS[kind]), tmp_path / "bundle")
+    sidecar = build_plan(bundle, "tensorrt-rtx", max_batch=64).sidecar
+    assert 0 <= sidecar.graph.max_abs <= 1e-6
+    names = {tensor.name for tensor in sidecar.tensors if tensor.role not in ("table", "output")}
+    assert names == {spec.name for spec in bundle.manifest.inputs}
 
 
 @needs_rtx
