@@ -19,7 +19,7 @@ from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.engine import Engine, with_index_dtype
 from dlrm_deploy.engines.library import kernel_path, library_path
-from dlrm_deploy.errors import BatchError, EngineError
+from dlrm_deploy.errors import BatchError, EngineError, MissingDependencyError
 
 _FATAL = 4  # errors come back as exceptions; ONNX Runtime need not print them as well
 
@@ -35,6 +35,7 @@ class StockOnnxRuntimeEngine(Engine):
         self._spin = spin
         self._kernel_path = kernel_path() if self.uses_library else ""  # the environment may change later on
         self._session = self._open()
+        self._stages: tuple[tuple[str, ...], list[str], ort.InferenceSession] | None = None
         self._index_dtype = bundle.manifest.index_dtype
         self._takes_offsets = any(spec.name == "offsets" for spec in bundle.manifest.inputs)
 
@@ -82,26 +83,44 @@ class StockOnnxRuntimeEngine(Engine):
         return result
 
     def stage_outputs(self, batch: Batch, tensors: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
-        import onnx
-        from onnx import TensorProto, helper
-
-        model = onnx.load(self.bundle.model_path, load_external_data=False)
-        inner = {name for node in model.graph.node for name in node.output}
-        known = {output.name for output in model.graph.output}
-        names = [name for name in dict.fromkeys(tensors) if name in inner]
-        model.graph.output.extend(
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in known
-        )
-        options = self._options()
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(self.bundle.model_path.parent)
-        )
+        """The session that shows them is kept until other tensors are asked for."""
+        asked = tuple(dict.fromkeys(tensors))
+        if self._stages is None or self._stages[0] != asked:
+            self._stages = None  # the earlier session goes before the next one comes
+            self._stages = asked, *self._open_stages(asked)
+        _, names, session = self._stages
         try:
-            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             values = session.run(names, self._feed(batch))
         except Exception as err:  # ONNX Runtime's exceptions have no common base but Exception
             raise EngineError(f"ONNX Runtime cannot show the model's inner tensors: {err}") from err
         return dict(zip(names, values, strict=True))
+
+    def _open_stages(self, tensors: Sequence[str]) -> tuple[list[str], ort.InferenceSession]:
+        """Those of the tensors that the graph has, and a session whose outputs they are."""
+        try:
+            import onnx
+            from onnx import TensorProto, helper
+        except ImportError as err:
+            raise MissingDependencyError(
+                "showing the model's inner tensors needs the package onnx. Install it with "
+                "`pip install 'dlrm-deploy[export]'`."
+            ) from err
+        try:
+            model = onnx.load(self.bundle.model_path, load_external_data=False)
+            inner = {name for node in model.graph.node for name in node.output}
+            known = {output.name for output in model.graph.output}
+            names = [name for name in tensors if name in inner]
+            model.graph.output.extend(
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in known
+            )
+            options = self._options()
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(self.bundle.model_path.parent)
+            )
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as err:  # as above
+            raise EngineError(f"ONNX Runtime cannot show the model's inner tensors: {err}") from err
+        return names, session
 
     def implementations(self) -> dict[str, str]:
         """Found by profiling one golden sample: an operator that runs as itself ran our kernel."""
@@ -123,6 +142,7 @@ class StockOnnxRuntimeEngine(Engine):
 
     def _release(self) -> None:
         del self._session
+        self._stages = None
 
 
 class OnnxRuntimeEngine(StockOnnxRuntimeEngine):

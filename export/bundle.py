@@ -33,7 +33,7 @@ from dlrm_deploy.bundle import (
 )
 from dlrm_deploy.checksums import CHECKSUMS, RowChecksums, weight_checksum
 from dlrm_deploy.config import IndexPolicy
-from dlrm_deploy.data.random import random_batch
+from dlrm_deploy.data.random import random_batch, with_longer_bags
 from dlrm_deploy.errors import CheckpointError, OutputError
 from dlrm_deploy.export.graph import signature, write_model
 from dlrm_deploy.export.nodes import DOMAIN, OPSET
@@ -161,7 +161,7 @@ def _golden(bundle: Bundle, source: Source) -> Golden:
     reference = TorchEngine(bundle, threads=1)
     golden = source.golden()
     if golden is None:
-        batch = random_batch(bundle.config, GOLDEN_ROWS, np.random.default_rng(0))
+        batch = random_batch(with_longer_bags(bundle.config), GOLDEN_ROWS, np.random.default_rng(0))
         return Golden(batch, reference.predict(batch))
     difference = np.abs(reference.predict(golden.batch) - golden.probabilities)
     if not np.max(difference, initial=0) <= GOLDEN_LIMIT:

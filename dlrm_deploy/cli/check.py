@@ -15,6 +15,7 @@ from dlrm_deploy.bundle import REFERENCE, Bundle
 from dlrm_deploy.cli.bench import whole_numbers
 from dlrm_deploy.engines.registry import ENGINE_NAMES
 from dlrm_deploy.errors import EngineError, MissingDependencyError, OutputError
+from dlrm_deploy.export.importers.kinds import AUTO, KINDS
 from dlrm_deploy.metrics import CONFIDENCE, Difference
 from dlrm_deploy.parity.check import SEED, SIZES, check_parity
 from dlrm_deploy.parity.labelled import MAX_AUC_DROP, RESAMPLES, LabelledSamples
@@ -74,7 +75,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--from",
     "kind",
-    type=click.Choice(["auto", "facebook", "torchrec", "nvidia", "dlrm-deploy"]),
+    type=click.Choice([AUTO, *KINDS]),
     help="Project that wrote --source.  [default: told from what it holds]",
 )
 @click.option(
@@ -142,7 +143,7 @@ def check(
         opened = Bundle.open(bundle, verify="full")
     batch = read_batch(batch_file)[0] if batch_file else None
     labelled = _labelled(data, recipe, opened)
-    origin = _source(source, kind or "auto", opened)
+    origin = _source(source, kind or AUTO, opened)
     reports: list[ParityReport] = []
     absent: list[_Absent] = []
     for name in _names(engines):
@@ -275,15 +276,12 @@ def _labelled(data: Path | None, recipe: Path | None, bundle: Bundle) -> Labelle
 
 
 def _source(path: Path | None, kind: str, bundle: Bundle) -> Source | None:
-    """The source, read as the bundle's own config says: whatever was asked for at the export is in there."""
+    """The source, opened with what the export of the bundle was told."""
     if path is None:
         return None
-    from dlrm_deploy.checkpoint import MODEL
-    from dlrm_deploy.export.importers.common import ImportOptions
-    from dlrm_deploy.export.importers.detect import open_source
+    from dlrm_deploy.export.importers.detect import reopen_source
 
-    ours = (path / MODEL).is_file()  # and holds its config itself
-    return open_source(path, kind, ImportOptions() if ours else ImportOptions(config=bundle.config))
+    return reopen_source(path, kind, bundle.config, bundle.manifest.provenance)
 
 
 def _record(bundle: Bundle, report: ParityReport) -> None:

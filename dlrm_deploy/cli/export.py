@@ -10,6 +10,7 @@ import click
 
 from dlrm_deploy.cli.progress import byte_progress
 from dlrm_deploy.config import DENSE_TRANSFORMS, INDEX_POLICIES, IndexPolicy, ModelConfig
+from dlrm_deploy.export.importers.kinds import AUTO, KINDS, PROJECTS
 from dlrm_deploy.presets import PRESET_NAMES
 from dlrm_deploy.tables import DIVISIONS
 
@@ -52,9 +53,8 @@ class _Sections(click.Command):
 @click.option(
     "--from",
     "kind",
-    type=click.Choice(["auto", "facebook", "torchrec", "nvidia", "dlrm-deploy"]),
-    help="Project that wrote SOURCE: facebookresearch/dlrm, TorchRec, NVIDIA DeepLearningExamples or this one.  "
-    "[default: told from what it holds]",
+    type=click.Choice([AUTO, *KINDS]),
+    help=f"Project that wrote SOURCE: {', '.join(PROJECTS.values())}.  [default: told from what it holds]",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Bundle folder to make.")
 @click.option("--ids", type=click.Choice(["int64", "int32"]), default="int64", help="Type of ids and offsets.")
@@ -139,7 +139,7 @@ def export(
 
     from dlrm_deploy.export.bundle import export_bundle
 
-    opened = _open(source, kind or "auto", given) if source else _random(str(preset), scale_rows, seed)
+    opened = _open(source, kind or AUTO, given) if source else _random(str(preset), scale_rows, seed)
     with byte_progress("Writing tables", opened.config.table_bytes, quiet=as_json) as progress:
         bundle = export_bundle(
             opened, out, index_dtype=ids, index_policy=index_policy, overwrite=overwrite, progress=progress

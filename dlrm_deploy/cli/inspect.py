@@ -152,10 +152,14 @@ def _print(facts: dict[str, Any]) -> None:
             line("", f"{operator}: {implementation}")
     for name, record in facts["parity"].items():
         verdict = "passed" if record.get("passed") else "FAILED"
-        line(
-            "parity",
-            f"{name} {verdict}, max abs {record.get('max_abs')}, {record.get('rows')} rows, {record.get('time')}",
-        )
+        worst, limit = record.get("worst_case"), record.get("limit")
+        error = f"max abs {record.get('max_abs')}" + (f" (limit {limit})" if limit is not None else "")
+        where = f", worst {worst} at row {record.get('worst_row')}" if worst else ""
+        line("parity", f"{name} {verdict}, {error}{where}, {record.get('rows')} rows, {record.get('time')}")
+        if failed := record.get("failed_cases"):
+            line("", f"not passed: {', '.join(failed)}")
+        if "version" in record:
+            line("", f"{record['version']} against {record.get('reference')}")
     if not facts["parity"]:
         line("parity", f"not checked yet: dlrm-deploy check {facts['bundle']}")
     for problem in facts["altered"]:

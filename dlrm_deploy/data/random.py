@@ -19,6 +19,8 @@ variance of s) is learned within a few hundred batches; the ids' part only where
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -68,6 +70,22 @@ def random_batch(
     """
     seed = int(rng.integers(2**63))
     return _Generator(config, seed, distribution).batch(np.arange(batch_size), index_dtype)
+
+
+def with_longer_bags(config: ModelConfig, ids: int = 8, most: int | None = None) -> ModelConfig:
+    """The same model for drawing batches with: bags that vary hold up to `ids` ids, or more where the model says so.
+
+    Args:
+        config: the model. `max_ids` says what its data holds, or nothing at all; engines take bags of any length.
+        ids: length to reach at least.
+        most: ids that a bag may hold at most; None for any number.
+    """
+    longest = [min(max(feature.longest_bag, ids), most or sys.maxsize) for feature in config.features]
+    features = (
+        feature if feature.pooling_factor else replace(feature, max_ids=length)
+        for feature, length in zip(config.features, longest, strict=True)
+    )
+    return replace(config, features=tuple(features))
 
 
 class RandomDataset:

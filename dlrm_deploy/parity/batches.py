@@ -10,21 +10,29 @@ import numpy.typing as npt
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.config import ModelConfig
+from dlrm_deploy.data.random import with_longer_bags
 
 SAMPLES = 5
+
+LONG_BAG = 300
+"""Ids in a bag that is longer than what kernels unroll, prefetch or hold on the stack."""
 
 LongArray = npt.NDArray[np.int64]
 
 _INT32 = np.iinfo(np.int32)
 
 
-def awkward_batches(config: ModelConfig, rng: np.random.Generator) -> dict[str, Batch]:
+def awkward_batches(config: ModelConfig, rng: np.random.Generator, most_ids: int | None = None) -> dict[str, Batch]:
     """Valid batches of `SAMPLES` samples, by name.
+
+    Bags that vary hold several ids here, also where the model does not say how many its data holds.
 
     Args:
         config: the model. All names for bags that vary; the last two for fixed pooling factors.
         rng: of dense values, ids and weights.
+        most_ids: ids that the engine takes in a bag; None for any number.
     """
+    config = with_longer_bags(config, most=most_ids)
     longest_FB = np.repeat([[feature.longest_bag] for feature in config.features], SAMPLES, axis=1)
     lengths = {"longest bags": longest_FB}
     if config.pooling_factors is None:
@@ -36,6 +44,10 @@ def awkward_batches(config: ModelConfig, rng: np.random.Generator) -> dict[str, 
             "uneven bags": uneven_FB,
             **lengths,
         }
+        if most_ids is None or most_ids >= LONG_BAG:
+            long_FB = np.ones_like(longest_FB)
+            long_FB[:, 1] = LONG_BAG
+            lengths[f"bags of {LONG_BAG} ids"] = long_FB
     batches = {name: _batch(config, rng, lengths_FB) for name, lengths_FB in lengths.items()}
     for name, ids in (
         ("one id repeated", _one_id_repeated(config, rng, longest_FB)),

@@ -18,13 +18,18 @@ import numpy.typing as npt
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.checksums import altered_rows, altered_weights
+from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.engines.registry import open_unchecked
-from dlrm_deploy.errors import EngineError
+from dlrm_deploy.errors import BundleError, DlrmDeployError, EngineError, MissingDependencyError
 from dlrm_deploy.files import atomic_file, output_errors
 from dlrm_deploy.parity.stages import FloatArray, Stage, Stages
 
 SLICE_ROWS = 1024
-"""Samples that are looked at together: the stages of a large batch would not fit into memory."""
+"""Samples that are looked at together at most: the stages of a large batch would not fit into memory."""
+
+SLICE_VALUES = 1 << 22
+"""Table values that the ids of such samples read, and values of their interaction, at most; a single sample may have
+more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,9 @@ class BisectReport:
     stages: int
     """Stages that were compared."""
 
+    problem: str | None = None
+    """Why not everything could be looked at; None where it was."""
+
     @property
     def first(self) -> Departure | None:
         """The first departure of the stages at rest, else of those in motion."""
@@ -63,10 +71,13 @@ class BisectReport:
 
     def summary(self) -> str:
         """One line."""
+        if self.first is None and self.problem:
+            return f"BISECT  not possible: {self.problem}"
         if self.first is None:
             return (
                 f"BISECT  no stage departs: {self.stages} stages give what they should for this batch, within float32 "
-                "rounding. What differs is outside of them: the stored expectation, or the batch itself."
+                "rounding. What differs is outside of them (the stored expectation, or the batch itself), or rounding "
+                "alone, which many stages add up."
             )
         others = f" ({len(self.departures) - 1} more)" if len(self.departures) > 1 else ""
         return f"BISECT  first departure: {self.first.stage}: {self.first.detail}{others}"
@@ -76,6 +87,7 @@ class BisectReport:
         return {
             "engine": self.engine,
             "stages": self.stages,
+            **({"problem": self.problem} if self.problem else {}),
             "departures": [departure.to_dict() for departure in self.departures],
         }
 
@@ -83,22 +95,40 @@ class BisectReport:
 def bisect(bundle: Bundle, engine_name: str, batch: Batch, *, threads: int | None = None) -> BisectReport:
     """Find the stages that depart, for a batch on which engine and reference differ.
 
+    What cannot be looked at hides nothing of the rest: `BisectReport.problem` says why, as where the engine cannot be
+    opened or does not show its inner tensors (onnxruntime and onnxruntime-stock do), or onnx is not installed.
+
     Args:
         bundle: whose model. Its files may be altered.
-        engine_name: an engine whose inner tensors can be seen: onnxruntime or onnxruntime-stock.
-        batch: fits the model, ids valid. The first slice of `SLICE_ROWS` samples in which a stage departs is
-            reported.
+        engine_name: one of `dlrm_deploy.engines.registry.ENGINE_NAMES`.
+        batch: fits the model, ids valid. The first slice of samples (`SLICE_ROWS`, `SLICE_VALUES`) in which a stage
+            departs is reported.
         threads: CPU threads.
-
-    Raises:
-        EngineError: the engine cannot be opened, or cannot show its inner tensors.
     """
-    at_rest = tuple(_at_rest(bundle))
-    stages: list[Stage] = []
+    found: list[Departure] = []
+    problems: list[str] = []
+    stages = 0
+    for look in (_stored_departures, _graph_departures):
+        try:
+            found += look(bundle)
+        except DlrmDeployError as err:
+            problems.append(str(err))
+    try:
+        stages, moving = _in_motion(bundle, engine_name, batch, threads)
+        found += moving
+    except DlrmDeployError as err:
+        problems.append(str(err))
+    return BisectReport(engine_name, tuple(found), stages, " ".join(dict.fromkeys(problems)) or None)
+
+
+def _in_motion(bundle: Bundle, engine_name: str, batch: Batch, threads: int | None) -> tuple[int, list[Departure]]:
+    """How many stages the model has, and which of them depart in the first slice where one does."""
+    count = 0
     with open_unchecked(bundle, engine_name, threads=threads, spin=False) as engine:
-        for first in range(0, max(batch.batch_size, 1), SLICE_ROWS):
-            rows = batch.rows(first, min(batch.batch_size, first + SLICE_ROWS))
+        for first, last in slices(bundle.config, batch):
+            rows = batch.rows(first, last)
             stages = list(Stages(bundle, rows))
+            count = len(stages)
             seen = engine.stage_outputs(rows, [stage.tensor for stage in stages])
             if missing := sorted({stage.tensor for stage in stages} - set(seen)):
                 raise EngineError(
@@ -106,10 +136,32 @@ def bisect(bundle: Bundle, engine_name: str, batch: Batch, *, threads: int | Non
                     "apart. Export the model again."
                 )
             known = {"dense": rows.dense, **seen}
-            moving = [departure for stage in stages if (departure := _compare(stage, known, rows, first))]
-            if moving:
-                return BisectReport(engine_name, (*at_rest, *moving), len(stages))
-    return BisectReport(engine_name, at_rest, len(stages))
+            departures = [departure for stage in stages if (departure := _compare(stage, known, rows, first))]
+            if departures:
+                return count, departures
+    return count, []
+
+
+def slices(config: ModelConfig, batch: Batch) -> Iterator[tuple[int, int]]:
+    """First and last sample (exclusive) of the slices of a batch that are looked at one after the other.
+
+    Of a batch without samples one, which is empty.
+    """
+    B = batch.batch_size
+    widest = max(group.width for group in config.groups)
+    lengths_FB = np.diff(batch.offsets).reshape(len(config.features), B)
+    values_B = lengths_FB.sum(axis=0, dtype=np.int64) * widest
+    # Of one sample: its vectors side by side, and the products of all with all.
+    vectors = len(config.features) + len(config.dense_features)
+    values_B += max(config.flat_width, config.interaction_width, vectors**2)
+    ends_B = np.cumsum(values_B)
+    first = 0
+    while first < max(B, 1):
+        before = int(ends_B[first - 1]) if first else 0
+        last = int(np.searchsorted(ends_B, before + SLICE_VALUES, side="right"))
+        last = min(B, first + SLICE_ROWS, max(last, first + 1))
+        yield first, last
+        first = max(last, first + 1)
 
 
 def save_reproducer(path: Path, sample: Batch, departure: Departure | None = None) -> None:
@@ -146,6 +198,8 @@ def _compare(stage: Stage, seen: dict[str, FloatArray], batch: Batch, first_row:
         error = np.abs(actual - expected)
         # NaN compares as false: a value that is not finite on one side only departs.
         wrong = ~(error <= bound) & ~((actual == expected) | (np.isnan(actual) & np.isnan(expected)))
+        # Without a bound (sums may overflow) a finite value may be any, and one that is not stays so in some form.
+        wrong &= np.isfinite(bound) | ~(np.isfinite(expected) | ~np.isfinite(actual))
     if not wrong.any():
         return None
     excess = np.where(wrong, np.nan_to_num(error / np.maximum(bound, 1e-45), nan=np.inf, posinf=np.inf), 0)
@@ -160,12 +214,15 @@ def _compare(stage: Stage, seen: dict[str, FloatArray], batch: Batch, first_row:
     return Departure(stage.name, first_row + row, detail, batch.rows(row, row + 1), expected[row], actual[row])
 
 
-def _at_rest(bundle: Bundle) -> Iterator[Departure]:
+def _stored_departures(bundle: Bundle) -> Iterator[Departure]:
     for part, first, last in altered_rows(bundle):
         detail = f"rows {first} to {last} are not those that were exported"
         yield Departure(f"table {part}", None, detail)
     for key in altered_weights(bundle):
         yield Departure(f"weight {key}", None, "dense.npz does not hold what was exported")
+
+
+def _graph_departures(bundle: Bundle) -> Iterator[Departure]:
     held = _graph_weights(bundle)
     for key, weight in bundle.dense_weights().items():
         if key not in held:
@@ -192,9 +249,18 @@ def _difference(held: FloatArray, weight: FloatArray) -> str:
 
 
 def _graph_weights(bundle: Bundle) -> dict[str, FloatArray]:
-    import onnx
-    from onnx import numpy_helper
-
-    model = onnx.load(bundle.model_path, load_external_data=False)
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as err:
+        raise MissingDependencyError(
+            "looking into model.onnx needs the package onnx. Install it with `pip install 'dlrm-deploy[export]'`."
+        ) from err
+    try:
+        model = onnx.load(bundle.model_path, load_external_data=False)
+    except Exception as err:  # that of damaged files has no base but Exception
+        raise BundleError(
+            f"cannot read {bundle.model_path}: {err}. Copy the bundle again, or export it again."
+        ) from err
     inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in inside}

@@ -128,7 +128,7 @@ class Stages:
         bags = self._bags(feature, width)
         for ids in self._blocks(feature, width):
             vectors, weights = self._looked_up(g, t, attributes, ids)
-            bags.add(ids, vectors, np.zeros_like(vectors), weights)
+            bags.add(ids, vectors, weights)
         return bags.value()
 
     def _bounds(self, feature: int) -> npt.NDArray[np.int64]:
@@ -147,14 +147,15 @@ class Stages:
         for start in range(first, last, step):
             yield slice(start, min(start + step, last))
 
-    def _looked_up(self, g: int, t: int, attributes: BagAttributes, ids: slice) -> tuple[DoubleArray, DoubleArray]:
-        """The row [n, D] that each id reads, zeros where it reads none, and its weight [n]."""
+    def _looked_up(
+        self, g: int, t: int, attributes: BagAttributes, ids: slice
+    ) -> tuple[DoubleArray, DoubleArray | None]:
+        """The row [n, D] that each id reads, zeros where it reads none, and its weight [n], if there are any."""
         batch = self._batch
         rows, kept = table_rows(batch.indices[ids].astype(np.int64), attributes, t)
         vectors = self._tables[g][rows].astype(np.float64)
         vectors[~kept] = 0
-        weights = np.ones(rows.size) if batch.weights is None else batch.weights[ids].astype(np.float64)
-        return vectors, weights
+        return vectors, None if batch.weights is None else batch.weights[ids].astype(np.float64)
 
     def _path_stages(self) -> Iterator[Stage]:
         for feature, table in path_features(self._config):
@@ -178,7 +179,7 @@ class Stages:
                 w1, b1, w2, b2 = np.split(bank, np.cumsum([hidden * W, hidden, W * hidden]), axis=1)
                 x, error = _relu(_times_each(w1.reshape(-1, hidden, W), x, error, b1))
                 x, error = _times_each(w2.reshape(-1, W, hidden), x, error, b2)
-            bags.add(ids, x, error, weights)
+            bags.add(ids, x, weights, error)
         return bags.value()
 
     # Vectors and interaction
@@ -366,24 +367,32 @@ class _Bags:
         shape = (bounds.size - 1, width)
         self._sum, self._size, self._error, self._inputs = (np.zeros(shape) for _ in range(4))
 
-    def add(self, ids: slice, vectors: DoubleArray, errors: DoubleArray, weights: DoubleArray) -> None:
-        """The vectors [n, W] of the ids in a slice, how far off each is at most, and their weights [n]."""
+    def add(
+        self, ids: slice, vectors: DoubleArray, weights: DoubleArray | None, errors: DoubleArray | None = None
+    ) -> None:
+        """The vectors [n, W] of the ids in a slice, their weights [n], and how far off each vector is at most."""
         bags = np.searchsorted(self._bounds, np.arange(ids.start, ids.stop), side="right") - 1
         starts = np.flatnonzero(np.diff(bags, prepend=-1))  # bags without ids are not among them
-        bag = bags[starts]
-        weight = np.abs(weights)[:, None]
-        self._sum[bag] += np.add.reduceat(vectors * weights[:, None], starts)
-        self._error[bag] += np.add.reduceat(errors * weight, starts)
+
+        def put(into: DoubleArray, terms: DoubleArray) -> None:
+            into[bags[starts]] += np.add.reduceat(terms, starts)
+
         largest = np.abs(vectors)
-        largest += errors
-        self._inputs[bag] += np.add.reduceat(largest + weight, starts)
-        largest *= weight
-        self._size[bag] += np.add.reduceat(largest, starts)
+        if errors is not None:
+            largest += errors
+            put(self._error, errors if weights is None else errors * np.abs(weights)[:, None])
+        if weights is None:
+            put(self._sum, vectors)
+            put(self._size, largest)
+            return
+        put(self._inputs, largest + np.abs(weights)[:, None])
+        put(self._sum, vectors * weights[:, None])
+        put(self._size, largest * np.abs(weights)[:, None])
 
     def value(self) -> Value:
         """[B, 1, W] after pooling."""
         lengths = np.diff(self._bounds)[:, None]
-        value, error = self._sum, self._error + _bound(lengths, self._size, self._inputs)
+        value, error = self._sum, self._error + _bound(lengths, self._size, self._inputs + self._size)
         if self._mean:
             length = np.maximum(lengths, 1)
             value, error = value / length, error / length

@@ -15,6 +15,7 @@ from dlrm_deploy.bundle import Golden
 from dlrm_deploy.config import DENSE_TRANSFORMS, DenseTransform, ModelConfig
 from dlrm_deploy.errors import CheckpointError, ConfigError
 from dlrm_deploy.export.importers.golden_file import read_golden
+from dlrm_deploy.export.importers.kinds import Kind
 from dlrm_deploy.export.sources import Source
 from dlrm_deploy.files import sha256_file, sha256_folder
 from dlrm_deploy.model.keys import dense_shapes
@@ -75,6 +76,27 @@ class ImportOptions:
     def given(self) -> tuple[str, ...]:
         """Names of the fields that are not at their default."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name) != field.default)
+
+    @classmethod
+    def recorded(cls, provenance: Mapping[str, Any], config: ModelConfig) -> ImportOptions:
+        """What an export was told, from its bundle's provenance; `--golden` is left out.
+
+        Args:
+            provenance: of the bundle.
+            config: the bundle's, which stands for `--config`, and for all options where they are not recorded.
+
+        Raises:
+            ConfigError: an option has a value that it cannot have.
+        """
+        said = provenance.get("options")
+        if not isinstance(said, Mapping) or not said.keys() <= {field.name for field in fields(cls)}:
+            return cls(config=config)
+        values: dict[str, Any] = {name: value for name, value in said.items() if name != "golden"}
+        if "config" in values:
+            values["config"] = config
+        if "features" in values:
+            values["features"] = tuple(values["features"])
+        return cls(**values)
 
     def only(self, *names: str, source: str) -> None:
         """Raise `ConfigError` for an architecture option that means nothing here.
@@ -147,6 +169,7 @@ class ForeignSource(Source):
     def __init__(
         self,
         *,
+        kind: Kind,
         project: str,
         path: Path,
         config: ModelConfig,
@@ -158,6 +181,7 @@ class ForeignSource(Source):
         """Compare what is stored with what the model needs.
 
         Args:
+            kind: what `--from` calls the project.
             project: the project that wrote the checkpoint, such as "facebookresearch/dlrm".
             path: the checkpoint.
             config: the model.
@@ -170,6 +194,7 @@ class ForeignSource(Source):
             CheckpointError: a tensor is missing, left over, of another shape than the model needs, or no float.
             ConfigError: the golden file does not fit.
         """
+        self.kind = kind
         self.project = project
         self.path = path
         self.config = config
@@ -242,6 +267,7 @@ class ForeignSource(Source):
         given = {name: _plain(getattr(self._options, name)) for name in self._options.given()}
         return {
             "source": f"{self.project} checkpoint",
+            "from": self.kind,
             "checkpoint": self.path.name,
             "checkpoint_sha256": digest,
             **self._facts,

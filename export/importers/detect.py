@@ -1,4 +1,4 @@
-"""Which project wrote a checkpoint, told from what it holds; and the source for it.
+"""Which project wrote a checkpoint, told from what it holds; and the source for it, for an export and for a comparison.
 
 Each importer takes what was opened here: `open_facebook(store, options)` and `open_torchrec(store, options)` take the
 tensors of a file or folder, `open_nvidia(folder, options)` a folder of files.
@@ -7,25 +7,19 @@ tensors of a file or folder, `open_nvidia(folder, options)` a folder of files.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
+from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.errors import CheckpointError, ConfigError
 from dlrm_deploy.export.importers.common import ImportOptions, listed, option
+from dlrm_deploy.export.importers.kinds import AUTO, KINDS, PROJECTS, Kind
 from dlrm_deploy.export.sources import CheckpointSource, Source
 from dlrm_deploy.tensors.dcp import METADATA, DcpFolder
 from dlrm_deploy.tensors.store import TensorStore
 from dlrm_deploy.tensors.torch_file import TorchFile
-
-Kind = Literal["facebook", "torchrec", "nvidia", "dlrm-deploy"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-PROJECTS = {
-    "facebook": "facebookresearch/dlrm",
-    "torchrec": "TorchRec",
-    "nvidia": "NVIDIA DeepLearningExamples",
-    "dlrm-deploy": "dlrm-deploy",
-}
 
 _KEYS: dict[Kind, re.Pattern[str]] = {
     "facebook": re.compile(r"(^|\.)(emb_l|bot_l|top_l)\."),
@@ -50,7 +44,7 @@ def open_source(path: Path, kind: str, options: ImportOptions) -> Source:
 
     Args:
         path: the file or folder.
-        kind: one of `KINDS`, or "auto" to tell it from what the checkpoint holds.
+        kind: one of `KINDS`, or `AUTO` to tell it from what the checkpoint holds.
         options: what the checkpoint does not say itself.
 
     Raises:
@@ -58,8 +52,37 @@ def open_source(path: Path, kind: str, options: ImportOptions) -> Source:
         ConfigError: an option that means nothing for this checkpoint, or a golden file that does not fit.
     """
     found = look(path)
-    seen: Kind = _choose(path, kind, found)
-    if seen == "dlrm-deploy":
+    return _open(path, _choose(path, kind, found), found, options)
+
+
+def reopen_source(path: Path, kind: str, config: ModelConfig, provenance: Mapping[str, Any]) -> Source:
+    """Open the checkpoint that a bundle was made from as its export opened it.
+
+    Args:
+        path: the file or folder.
+        kind: one of `KINDS`; with `AUTO` what the export took it for, where it can be that.
+        config: the bundle's.
+        provenance: the bundle's, which holds the options of the export.
+
+    Raises:
+        CheckpointError: it cannot be read, or is another checkpoint, for which those options are not right.
+    """
+    found = look(path)
+    recorded = str(provenance.get("from"))
+    chosen = _choose(path, recorded if kind == AUTO and recorded in found.kinds else kind, found)
+    if chosen == "dlrm-deploy":  # holds its config itself
+        return _open(path, chosen, found, ImportOptions())
+    try:
+        return _open(path, chosen, found, ImportOptions.recorded(provenance, config))
+    except (CheckpointError, ConfigError, TypeError) as err:
+        raise CheckpointError(
+            f"{err} (Opened with what the export of the bundle was told: is it the checkpoint that the bundle was made "
+            "from?)"
+        ) from err
+
+
+def _open(path: Path, kind: Kind, found: Found, options: ImportOptions) -> Source:
+    if kind == "dlrm-deploy":
         from dlrm_deploy.checkpoint import Checkpoint
 
         if given := options.given():
@@ -68,12 +91,12 @@ def open_source(path: Path, kind: str, options: ImportOptions) -> Source:
                 "dlrm-deploy, which holds its config and its golden batch."
             )
         return CheckpointSource(Checkpoint.open(path))
-    if seen == "nvidia":
+    if kind == "nvidia":
         from dlrm_deploy.export.importers.nvidia import open_nvidia
 
         return open_nvidia(path, options)
     assert found.store is not None  # these kinds are told from tensors
-    if seen == "torchrec":
+    if kind == "torchrec":
         from dlrm_deploy.export.importers.torchrec import open_torchrec
 
         return open_torchrec(found.store, options)
@@ -135,8 +158,8 @@ def _look_at(store: TensorStore) -> Found:
 
 def _choose(path: Path, kind: str, found: Found) -> Kind:
     """The kind to open: what was asked for, if that is what is there."""
-    if kind not in ("auto", *KINDS):
-        raise ConfigError(f"--from must be one of auto, {', '.join(KINDS)}, got {kind!r}.")
+    if kind not in (AUTO, *KINDS):
+        raise ConfigError(f"--from must be one of {AUTO}, {', '.join(KINDS)}, got {kind!r}.")
     if not found.kinds:
         assert found.store is not None  # every folder without one is of some kind
         raise CheckpointError(
@@ -144,10 +167,10 @@ def _choose(path: Path, kind: str, found: Found) -> Kind:
             "emb_l.0.weight (facebookresearch/dlrm), sparse_arch.* (TorchRec). Is it the state_dict of a DLRM?"
         )
     for known in KINDS:
-        if known in found.kinds and kind in (known, "auto") and (kind == known or len(found.kinds) == 1):
+        if known in found.kinds and kind in (known, AUTO) and (kind == known or len(found.kinds) == 1):
             return known
     seen = " and ".join(f"a {PROJECTS[known]} checkpoint: it holds {listed(why)}" for known, why in found.kinds.items())
-    if kind == "auto":
+    if kind == AUTO:
         raise CheckpointError(f"{path} looks like {seen}. Say which one with --from {' or '.join(found.kinds)}.")
     raise CheckpointError(
         f"--from {kind}, but {path} is {seen}. Use --from {' or '.join(found.kinds)}, or leave --from out."

@@ -9,6 +9,7 @@ Main path: `open_facebook` -> `read_names` -> `_config` -> `_mapping`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -33,6 +34,9 @@ from dlrm_deploy.model.keys import bottom_keys, projection_key, top_keys
 from dlrm_deploy.tables import Combine, Division, TableConfig
 from dlrm_deploy.tensors.finite import check_finite
 from dlrm_deploy.tensors.store import TensorStore
+from dlrm_deploy.tensors.torch_file import TorchFile
+
+_PARAMETER = re.compile(r"(^|\.)param_groups\.(?P<group>\d+)\.params\.\d+$")
 
 INTERACTIONS = ("dot", "dot-self", "cat")
 """What `--interaction` takes: `--arch-interaction-op` of the project, dot-self for `--arch-interaction-itself`."""
@@ -76,7 +80,14 @@ def open_facebook(store: TensorStore, options: ImportOptions) -> ForeignSource:
     pooled = any(table.pool for table in names.tables)
     facts = {"learned_pooling_weights": "multiplied into the tables"} if pooled else {}
     return ForeignSource(
-        project=PROJECT, path=store.path, config=config, dense=dense, parts=parts, options=options, facts=facts
+        kind="facebook",
+        project=PROJECT,
+        path=store.path,
+        config=config,
+        dense=dense,
+        parts=parts,
+        options=options,
+        facts=facts,
     )
 
 
@@ -205,6 +216,22 @@ def readings(top_inputs: int, width: int) -> dict[str, int]:
     return {interaction: count for interaction, count in tables.items() if count > 0}
 
 
+def _trained_parameters(store: TensorStore) -> int | None:
+    """Number of tensors that the optimizer saved beside the model trained, if it was the only one; else None.
+
+    A distributed run's optimizer has groups for tables and MLPs, and knows the tables of its own process only.
+    """
+    values = store.values() if isinstance(store, TorchFile) else {}
+    found = [match for match in map(_PARAMETER.search, values) if match]
+    return len(found) if len({match["group"] for match in found}) == 1 else None
+
+
+def _stored_parameters(store: TensorStore, key: str) -> int:
+    """Number of the model's tensors; `key` is one of them."""
+    prefix = key[: key.index("top_l.")]
+    return sum(name.startswith(prefix) and not name.startswith("opt_state_dict.") for name in store.keys())  # noqa: SIM118  # no mapping
+
+
 def _interaction(store: TensorStore, names: Names, width: int, options: ImportOptions) -> str:
     """The one interaction that gives the top MLP its inputs; the one asked for where several do."""
     asked = options.interaction
@@ -238,12 +265,24 @@ def _interaction(store: TensorStore, names: Names, width: int, options: ImportOp
             f"{store.path}: {key} takes {inputs} values, but {held} of width {width} and the bottom MLP give: {shown}."
             f"{hint}"
         )
-    if names.distributed and partial:
-        made = " or ".join(f"{interaction} with {tables} tables" for interaction, tables in partial.items())
+    made = " or ".join(f"{interaction} with {tables} tables" for interaction, tables in partial.items())
+    trained, stored = _trained_parameters(store), _stored_parameters(store, key)
+    if partial and trained is not None and trained > stored:
         raise CheckpointError(
-            f"{store.path} comes from a distributed run, of which each process saves only its own tables. It holds "
-            f"{held}, which fits {' or '.join(fitting)}, but it may also be a part of a model: {made}. If it is whole, "
-            f"add --interaction {' or '.join(fitting)}; else put all tables into one state_dict."
+            f"{store.path} holds {held}, but tables are missing: its optimizer trained {trained} tensors, and the "
+            f"file has {stored}. The top MLP was made for {made}. Put all tables into one state_dict, as emb_l.0, "
+            "emb_l.1, ... in the order of the features."
+        )
+    if partial and (names.distributed or trained is None):
+        why = (
+            "comes from a distributed run, of which each process saves only its own tables"
+            if names.distributed
+            else "holds no optimizer state of a run on one process, which would tell whether all tables are there"
+        )
+        raise CheckpointError(
+            f"{store.path} {why}. It holds {held}, which fits {' or '.join(fitting)}, but it may also be a part of a "
+            f"model: {made}. If it is whole, add --interaction {' or '.join(fitting)}; else put all tables into one "
+            "state_dict."
         )
     if len(fitting) > 1:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The projects whose checkpoints are known, by the names that `--from` takes. Imports nothing: `--help` names them too."""
+"""The projects whose checkpoints are known, by the names that `--from` takes. Light, since `--help` shows them."""
 
 from __future__ import annotations
 

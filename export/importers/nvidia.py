@@ -58,8 +58,7 @@ _DENSE_FILES = ("bottom_model.mlp", "top_model.mlp", "top_model.out")
 
 
 class NvidiaFolder(TensorStore):
-    """The tensors of a folder: `bottom_model.embeddings.0`, `bottom_model.mlp.weights.0`, `top_model.out.weight`, "
-    "..."""
+    """The tensors of a folder: `bottom_model.embeddings.0`, `bottom_model.mlp.weights.0`, `top_model.out.weight`..."""
 
     kind = "a folder of NVIDIA's DLRM"
 
@@ -108,10 +107,11 @@ class NvidiaFolder(TensorStore):
         return file.dtype(name)
 
     def read_into(self, key: str, first_row: int, out: Array) -> None:
-        if key not in self._tables:
+        if key in self._tables:
+            self._tables[key].read_into(first_row, out)
+        else:
             file, name = self._file(key)
-            return file.read_into(name, first_row, out)
-        self._tables[key].read_into(first_row, out)
+            file.read_into(name, first_row, out)
 
     def _file(self, key: str) -> tuple[TorchFile, str]:
         if key not in self._files:
@@ -260,6 +260,7 @@ def open_nvidia(path: Path, options: ImportOptions) -> ForeignSource:
         _check_config(path, config, said, len(numbers))
     tables = [feature.table for feature in config.features]
     return ForeignSource(
+        kind="nvidia",
         project=PROJECT,
         path=path,
         config=config,
@@ -292,7 +293,8 @@ def _order(
             f"order of all {len(defaults)} tables: --features with {listed(defaults)} for tables 0, 1, ..., without "
             "--config."
         )
-    return tuple(defaults.index(name) for name in options.features), "as --features says"
+    order = tuple(defaults.index(name) for name in options.features)
+    return order, f"{list(order)}, as --features says"
 
 
 def _check_config(path: Path, config: ModelConfig, said: Metadata, tables: int) -> None:

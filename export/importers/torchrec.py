@@ -119,6 +119,7 @@ def open_torchrec(store: TensorStore, options: ImportOptions) -> ForeignSource:
         tables = {name: matrix_shape(store, found.tables[name]) for name in names}
         config = infer_config(store.path, shapes, tables, options)
     return ForeignSource(
+        kind="torchrec",
         project=PROJECT,
         path=store.path,
         config=config,

@@ -98,6 +98,7 @@ def test_a_bundle_says_where_it_came_from(path, tmp_path):
         "source": "facebookresearch/dlrm checkpoint",
         "checkpoint": "model.pt",
         "checkpoint_sha256": sha256_file(path),
+        "from": "facebook",
         "options": {"name": "clicks", "dense_transform": "log3"},
     }
     assert expected.items() <= manifest.provenance.items()
@@ -142,17 +143,19 @@ def test_a_golden_file_that_differs_ends_the_export_and_says_what_may_be_wrong(p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dense": None}, "holds indices, offsets, probabilities; expected dense"),
-        ({"probabilities": None}, "either probabilities or logits"),
-        ({"logits": np.zeros(17)}, "either probabilities or logits"),
+        ({"dense": None}, "golden.npz lacks dense: it holds indices, offsets, probabilities"),
+        ({"probabilities": None}, "holds no output beside the batch, expected either probabilities or logits"),
+        ({"logits": np.zeros(17)}, "holds probabilities and logits beside the batch, expected either"),
         ({"probabilities": np.zeros(3)}, r"probabilities are float64 \[3\], expected \[17\]"),
         ({"probabilities": np.full(17, np.nan)}, r"expected \[17\] finite"),
         ({"probabilities": np.full(17, 1.5)}, "probabilities between 0 and 1"),
         ({"probabilities": np.zeros(17, np.int64)}, "probabilities are int64"),
         ({"dense": np.zeros((17, 4))}, "does not fit the model: dense has 4 columns"),
-        ({"dense": np.zeros((17, 3), "U1")}, "does not fit the model: dense"),
-        ({"offsets": BATCH.offsets[:-17]}, "does not fit the model: "),
-        ({"indices": BATCH.indices.astype(np.float32)}, "does not fit the model: indices"),
+        ({"dense": np.zeros((17, 3), "U1")}, "dense must be float32, got <U1"),
+        ({"dense": np.full((17, 3), 1e39)}, "dense is inf at sample 0, column 0"),
+        ({"indices": BATCH.indices.astype(np.uint64) + 2**63}, "indices holds 92233720368547758.., and int64 ends at"),
+        ({"offsets": BATCH.offsets[:-17]}, "golden.npz: offsets"),
+        ({"indices": BATCH.indices.astype(np.float32)}, "indices must be int32 or int64, got float32"),
         ({"weights": np.ones(len(BATCH.indices))}, "takes no per-sample weights"),
     ],
 )
@@ -165,16 +168,38 @@ def test_a_golden_file_that_does_not_fit_is_refused(changes, message, path, tmp_
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY", b"not an array", b"\x80\x04N."])
 def test_a_golden_file_that_is_none_is_refused(content, path, tmp_path):
     (tmp_path / "golden.npz").write_bytes(content)
-    with pytest.raises(ConfigError, match="cannot read --golden"):
+    with pytest.raises(ConfigError, match="--golden: cannot read .*golden.npz"):
         opened(path, golden=tmp_path / "golden.npz")
 
 
 def test_a_golden_file_with_one_array_or_none_at_all_is_refused(path, tmp_path):
     np.save(tmp_path / "golden.npy", np.zeros(3))
-    with pytest.raises(ConfigError, match="holds a single array"):
+    with pytest.raises(ConfigError, match="it is no .npz file"):
         opened(path, golden=tmp_path / "golden.npy")
-    with pytest.raises(ConfigError, match="cannot read --golden"):
+    with pytest.raises(ConfigError, match="--golden: cannot read .*nowhere.npz"):
         opened(path, golden=tmp_path / "nowhere.npz")
+
+
+@pytest.mark.parametrize(("at", "byte"), [(6, 1), (8, 99)], ids=["encrypted", "compressed in an unknown way"])
+def test_an_odd_zip_file_is_no_golden_file(at, byte, path, tmp_path):
+    golden = save_golden(tmp_path / "golden.npz")
+    data = bytearray(golden.read_bytes())
+    for begin, more in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):  # both say it: the record and the directory
+        data[data.index(begin) + at + more] = byte
+    golden.write_bytes(data)
+    with pytest.raises(ConfigError, match="--golden: cannot read .*golden.npz: .*(encrypted|compression)"):
+        opened(path, golden=golden)
+
+
+@pytest.mark.parametrize("dtype", [np.uint64, np.int32, np.uint8])
+def test_a_golden_file_may_have_any_whole_numbers_and_floats(dtype, path, tmp_path):
+    golden = save_golden(
+        tmp_path / "golden.npz", indices=BATCH.indices.astype(dtype), dense=BATCH.dense.astype(np.float64)
+    )
+    kept = opened(path, golden=golden).golden().batch
+    assert (kept.indices.dtype, kept.offsets.dtype, kept.dense.dtype) == (np.int64, np.int64, np.float32)
+    np.testing.assert_array_equal(kept.indices, BATCH.indices)
+    np.testing.assert_array_equal(kept.dense, BATCH.dense)
 
 
 # Options

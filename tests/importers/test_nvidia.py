@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 from golden_scores import GOLDEN, assert_scores, read_golden, sigmoid
+from import_memory import memory_of_reading
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.errors import CheckpointError, ConfigError
@@ -222,6 +223,7 @@ def test_without_metadata_the_order_is_asked_for_and_the_answer_is_right(tmp_pat
         open_nvidia(folder, features=("a", "b", "c", "d"))
     source = open_nvidia(folder, features=("cat_1", "cat_3", "cat_0", "cat_2"))
     assert [feature.name for feature in source.config.features] == ["cat_0", "cat_1", "cat_2", "cat_3"]
+    assert source.provenance()["order_of_tables_in_top_model"] == "[1, 3, 0, 2], as --features says"
     batch = model.batch()
     assert_scores(source, tmp_path, batch, model.forward(batch, (1, 3, 0, 2)))
 
@@ -427,3 +429,13 @@ def test_tables_are_read_in_blocks(tmp_path):
         np.testing.assert_array_equal(block, values[first : first + len(block)])
     with pytest.raises(CheckpointError, match="holds no tensor nothing"):
         store.read("nothing")
+
+
+def test_a_folder_is_read_in_less_memory_than_its_largest_table_takes(tmp_path):
+    rows, width = 1_600_000, 16  # 102 MB
+    paths = [
+        Model(rows=(count, 7), devices=((0, 1),), width=width).write(tmp_path / str(count)) for count in (30, rows)
+    ]
+    read, grown = memory_of_reading(*paths)
+    assert read == (rows + 7) * width * 4
+    assert grown < 3.5 * BLOCK_BYTES

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 from golden_scores import GOLDEN, assert_scores, ragged_batch, read_golden, sigmoid
+from import_memory import memory_of_reading
 
 from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.errors import CheckpointError, ConfigError
@@ -21,6 +22,7 @@ from dlrm_deploy.export.importers.common import ImportOptions
 from dlrm_deploy.export.importers.detect import open_source
 from dlrm_deploy.export.importers.torchrec import infer_config, table_order
 from dlrm_deploy.tables import TableConfig
+from dlrm_deploy.tensors.store import BLOCK_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore::dlrm_deploy.errors.ParityWarning")
 
@@ -96,7 +98,9 @@ def test_mean_pooling_comes_from_the_config(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_file_that_one_process_of_several_wrote_is_refused(rank):
-    with pytest.raises(CheckpointError, match=r"names torch\._utils\._rebuild_wrapper_subclass.* not called\. .*ave "):
+    with pytest.raises(
+        CheckpointError, match=r"names torch\._utils\._rebuild_wrapper_subclass.* not called\. .*save with torch.distr"
+    ):
         open_source(GOLDEN / "torchrec" / f"rank-files{rank}.pt", "auto", ImportOptions())
 
 
@@ -444,3 +448,18 @@ def test_a_config_is_read_off_shapes_alone():
     assert (config.name, config.interaction, config.branch1, config.branch2) == ("mine", "projection", (4, 12), (18,))
     assert config.bottom_mlp == (7, 6)
     assert config.top_mlp == (9, 5, 1)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_checkpoint_is_read_in_less_memory_than_its_largest_table_takes(tmp_path, kind):
+    rows, width = 1_600_000, 16  # 102 MB
+    for count in (30, rows):
+        state = make({"t_0": count, "t_1": 7}, width=width)
+        if kind == "file":
+            save(state, tmp_path / str(count))
+        else:
+            dcp.save(state, checkpoint_id=tmp_path / str(count), no_dist=True)
+    read, grown = memory_of_reading(tmp_path / "30", tmp_path / str(rows))
+    assert read == (rows + 7) * width * 4
+    assert grown < 3.5 * BLOCK_BYTES

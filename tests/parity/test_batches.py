@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from bundles import CONFIGS
@@ -26,13 +28,26 @@ def test_bags_are_what_their_names_say():
     lengths = {name: lengths_of(config, batch) for name, batch in batches.items()}
     assert (lengths["all bags empty"] == 0).all()
     assert (lengths["one id per bag"] == 1).all()
-    assert (lengths["longest bags"] == 5).all()
+    assert (lengths["longest bags"] == 8).all()  # the model says 5, which is no limit
+    assert (lengths["bags of 300 ids"][:, 1] == 300).all()
     assert (lengths["uneven bags"][:, 0] == 0).all()
-    assert (lengths["uneven bags"][:, -1] == 5).all()
+    assert (lengths["uneven bags"][:, -1] == 8).all()
     repeated = batches["one id repeated"]
     assert all(np.unique(bag).size == 1 for bag in np.split(repeated.indices, repeated.offsets[1:-1]))
     edges = batches["first and last rows"].indices.reshape(len(config.features), -1)
     assert [set(ids) for ids in edges.tolist()] == [{0, rows - 1} for rows in config.feature_rows]
+
+
+def test_bags_hold_several_ids_also_where_the_model_does_not_say_how_many():
+    config = replace(CONFIGS["dot"], features=tuple(replace(f, max_ids=None) for f in CONFIGS["dot"].features))
+    batches = awkward_batches(config, np.random.default_rng(0))
+    assert lengths_of(config, batches["longest bags"]).min() == 8
+    assert len(set(lengths_of(config, batches["uneven bags"]).reshape(-1))) > 3
+
+
+def test_no_bag_is_longer_than_a_plan_takes():
+    batches = awkward_batches(CONFIGS["dot"], np.random.default_rng(0), most_ids=3)
+    assert max(lengths_of(CONFIGS["dot"], batch).max() for batch in batches.values()) == 3
 
 
 def test_a_model_with_fixed_bags_gets_no_other_bags():
