@@ -329,7 +329,8 @@ class Bundle:
     def parity_gap(self, engine: str) -> str | None:
         """Why it is not known that an engine agrees with the reference on these files; None where it is.
 
-        The reference, engine `torch`, needs no record.
+        A check counts that passed within the model's own limit, on the golden batch and on random samples. The
+        reference, engine `torch`, needs no record.
         """
         if engine == REFERENCE:
             return None
@@ -338,7 +339,17 @@ class Bundle:
             return "it was never checked"
         if record.get("files") != self.manifest.files_digest(engine):
             return f"its record of {record.get('time')} is of other files"
-        return None if record.get("passed") is True else f"the check of {record.get('time')} failed"
+        check = f"the check of {record.get('time')}"
+        if record.get("passed") is not True:
+            return f"{check} failed"
+        limit, default = record.get("limit"), record.get("default_limit")
+        if not isinstance(limit, int | float) or not isinstance(default, int | float):
+            return f"the record of {check} does not say what was accepted: an earlier release wrote it"
+        if limit > default:
+            return f"{check} accepted differences up to {limit:.2g}, and this model's limit is {default:.2g}"
+        if record.get("limited") is not False:
+            return f"{check} compared only the golden batch, because torch was not installed"
+        return None if record.get("random_samples") else f"{check} compared no random samples"
 
     def add_plan(self, record: PlanRecord) -> None:
         """List a plan and its sidecar, already written under `engines/`, in place of the same engine's earlier one."""

@@ -57,13 +57,18 @@ def weight_checksum(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
     return np.array([crc], np.uint32)
 
 
+def has_checksums(bundle: Bundle) -> bool:
+    """Whether the manifest lists them. Bundles of early releases have none, and nothing is found altered in those."""
+    return CHECKSUMS in bundle.manifest.files
+
+
 def altered_weights(bundle: Bundle) -> Iterator[str]:
     """Keys of the weights in `dense.npz` that are not those that were exported.
 
     Raises:
         BundleError: the checksums or weights cannot be read.
     """
-    if not (bundle.path / CHECKSUMS).is_file():
+    if not has_checksums(bundle):
         return
     stored = read_npz(bundle.path / CHECKSUMS)
     for key, weight in bundle.dense_weights().items():
@@ -74,12 +79,10 @@ def altered_weights(bundle: Bundle) -> Iterator[str]:
 def altered_rows(bundle: Bundle) -> Iterator[tuple[str, int, int]]:
     """Table part, first and last row of each run of blocks whose rows are not those that were exported.
 
-    Nothing for a bundle without checksums.
-
     Raises:
         BundleError: the checksums cannot be read.
     """
-    if not (bundle.path / CHECKSUMS).is_file():
+    if not has_checksums(bundle):
         return
     stored = read_npz(bundle.path / CHECKSUMS)
     for group, matrix in zip(bundle.config.groups, bundle.map_tables(), strict=True):

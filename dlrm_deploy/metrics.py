@@ -5,7 +5,7 @@ And how far two lists of them differ in that, with bootstrap intervals: `paired_
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -75,10 +75,6 @@ class Difference:
     value: float
     low: float
     high: float
-
-    def to_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return asdict(self)
 
 
 def paired_differences(

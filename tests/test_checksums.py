@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from bundles import make_bundle
+from bundles import CONFIGS
 
 from dlrm_deploy.checksums import BLOCK_ROWS, RowChecksums, altered_rows, altered_weights, weight_checksum
+from dlrm_deploy.export.bundle import export_bundle
+from dlrm_deploy.export.sources import RandomSource
 
 
 @pytest.mark.parametrize("pieces", [[2500], [1, 2499], [1023, 2, 1475], [1024, 1024, 452], [7] * 357 + [1]])
@@ -29,15 +33,20 @@ def test_an_exported_bundle_is_as_it_was(any_bundle):
     assert list(altered_weights(any_bundle)) == []
 
 
-def test_one_changed_value_is_placed_in_its_table_and_block(tmp_path):
-    bundle = make_bundle("dot", tmp_path / "bundle")
+def test_changed_values_are_placed_in_their_table_and_runs_of_blocks(tmp_path):
+    config = CONFIGS["dot"]
+    tables = tuple(replace(table, rows=5 * BLOCK_ROWS + 7) for table in config.tables)
+    bundle = export_bundle(RandomSource(replace(config, tables=tables)), tmp_path / "bundle")
     (group,) = bundle.config.groups
-    row = group.rows_of("t_b").start + 2
+    start = group.rows_of("t_b").start
     matrix = np.memmap(bundle.path / "tables/width8.bin", np.float32, "r+", shape=(group.rows, 8))
-    matrix[row, 5] += 1e-3
+    for row in (BLOCK_ROWS, 3 * BLOCK_ROWS - 1, 5 * BLOCK_ROWS + 6):  # blocks 1 and 2, and the last one, which is short
+        matrix[start + row, 5] += 1e-3
     matrix.flush()
-    assert list(altered_rows(bundle)) == [("t_b", 0, group.parts[1].rows - 1)]
-    assert group.parts[1].rows <= BLOCK_ROWS
+    assert list(altered_rows(bundle)) == [
+        ("t_b", BLOCK_ROWS, 3 * BLOCK_ROWS - 1),
+        ("t_b", 5 * BLOCK_ROWS, 5 * BLOCK_ROWS + 6),
+    ]
 
 
 def test_a_weights_shape_counts():

@@ -12,12 +12,13 @@ import click
 
 from dlrm_deploy.batch_file import read_batch
 from dlrm_deploy.bundle import REFERENCE, Bundle
+from dlrm_deploy.checksums import has_checksums
 from dlrm_deploy.cli.bench import whole_numbers
 from dlrm_deploy.engines.registry import ENGINE_NAMES
 from dlrm_deploy.errors import EngineError, MissingDependencyError, OutputError
 from dlrm_deploy.export.importers.kinds import AUTO, KINDS
 from dlrm_deploy.metrics import CONFIDENCE, Difference
-from dlrm_deploy.parity.check import SEED, SIZES, check_parity
+from dlrm_deploy.parity.check import SEED, SIZES, check_parity, stored_cases
 from dlrm_deploy.parity.labelled import MAX_AUC_DROP, RESAMPLES, LabelledSamples
 from dlrm_deploy.parity.report import LabelledParity, ParityReport
 
@@ -144,27 +145,34 @@ def check(
     batch = read_batch(batch_file)[0] if batch_file else None
     labelled = _labelled(data, recipe, opened)
     origin = _source(source, kind or AUTO, opened)
+    if batch is None and not has_checksums(opened):
+        click.echo(
+            "No checksums: an earlier release exported this bundle, so its tables and weights are not compared with "
+            "what was exported. Export it again for that.",
+            err=True,
+        )
+    at_rest = stored_cases(opened, origin) if batch is None else ()
     reports: list[ParityReport] = []
     absent: list[_Absent] = []
     for name in _names(engines):
         try:
-            report = check_parity(opened, name, batch=batch, labelled=labelled, source=origin, **options)
+            report = check_parity(opened, name, batch=batch, labelled=labelled, at_rest=at_rest, **options)
         except (EngineError, MissingDependencyError) as err:
             absent.append(_Absent(name, str(err)))
             if as_json:
                 click.echo(json.dumps(absent[-1].to_dict()))
             continue
         reports.append(report)
+        if not as_json:
+            _print(report)
         if not no_record and batch is None and not altered:
             _record(opened, report)
         found = _bisect(opened, report, save) if bisect and not report.passed else None
         if as_json:
             more = {"bisect": found.to_dict()} if found else {}
             click.echo(json.dumps({**report.to_dict(), **more}, allow_nan=False))
-        else:
-            _print(report)
-            if found:
-                _print_bisect(found)
+        elif found:
+            _print_bisect(found)
     if not reports and not altered:
         raise EngineError(" ".join(f"{one.engine} was not compared: {one.reason}" for one in absent))
     if not as_json:
@@ -177,20 +185,19 @@ def check(
 class _Found:
     """What a bisection of one engine gave."""
 
-    report: BisectReport | None
-    problem: str | None
-    """Why the engine could not be bisected."""
-
+    report: BisectReport
     saved: Path | None
+    unsaved: str | None = None
+    """Why the worst sample could not be saved."""
 
     def to_dict(self) -> dict[str, Any]:
-        found = self.report.to_dict() if self.report else {"problem": self.problem}
-        return {**found, "saved": str(self.saved) if self.saved else None}
+        more = {"unsaved": self.unsaved} if self.unsaved else {}
+        return {**self.report.to_dict(), "saved": str(self.saved) if self.saved else None, **more}
 
 
 def _bisect(bundle: Bundle, report: ParityReport, save: Path | None) -> _Found:
     """Bisect on the first failed batch whose ids are valid, else on the golden one."""
-    from dlrm_deploy.parity.bisect import bisect as bisect_stages  # brings onnx, which scoring does without
+    from dlrm_deploy.parity.bisect import bisect as bisect_stages
     from dlrm_deploy.parity.bisect import save_reproducer
 
     batch, row = bundle.golden().batch, None
@@ -201,31 +208,32 @@ def _bisect(bundle: Bundle, report: ParityReport, save: Path | None) -> _Found:
         if not case.passed and case.batch is not None and valid and case.batch.batch_size:
             batch, row = case.batch, (case.output.worst_row or 0) if case.output else 0
             break
-    found, problem = None, None
-    try:
-        found = bisect_stages(bundle, report.engine, batch)
-    except (EngineError, MissingDependencyError) as err:
-        problem = str(err)
-    moving = next((one for one in found.departures if one.batch is not None), None) if found else None
+    found = bisect_stages(bundle, report.engine, batch)
+    moving = next((one for one in found.departures if one.batch is not None), None)
     sample = moving.batch if moving else None
     if sample is None:
         if row is None:  # what differs is stored, and no sample shows it
-            return _Found(found, problem, None)
+            return _Found(found, None)
         sample = batch.rows(row, row + 1)
     path = save or Path(f"{bundle.path.resolve().name}-{report.engine}-worst.npz")
-    save_reproducer(path, sample, moving)
-    return _Found(found, problem, path)
+    try:
+        save_reproducer(path, sample, moving)
+    except OutputError as err:
+        return _Found(found, None, str(err))
+    return _Found(found, path)
 
 
 def _print_bisect(found: _Found) -> None:
-    if found.problem:
-        click.echo(f"BISECT  not possible: {found.problem}")
-    if found.report:
-        for departure in found.report.departures[1:9]:
-            click.echo(f"also departs: {departure.stage}: {departure.detail}")
-        click.echo(found.report.summary())
+    report = found.report
+    for departure in report.departures[1:9]:
+        click.echo(f"also departs: {departure.stage}: {departure.detail}")
+    if report.departures and report.problem:
+        click.echo(f"not looked at: {report.problem}")
+    click.echo(report.summary())
     if found.saved:
         click.echo(f"Saved the worst sample: {found.saved}. Run it again with --batch-file {found.saved}.")
+    if found.unsaved:
+        click.echo(f"The worst sample is not saved. {found.unsaved}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +256,7 @@ def _check_usage(ctx: click.Context, batch_file: Path | None, data: Path | None,
     if data and recipe:
         raise click.UsageError("Give either --data or --recipe: both name the labelled samples.")
     if batch_file:
-        for name in ("data", "recipe", "sizes"):
+        for name in ("data", "recipe", "sizes", "source"):
             if name in given:
                 raise click.UsageError(f"--batch-file compares one batch only: leave {given[name]} out.")
     if not (data or recipe):
@@ -289,6 +297,9 @@ def _record(bundle: Bundle, report: ParityReport) -> None:
         bundle.record_parity(report.engine, report.record())
     except OutputError as err:
         click.echo(f"Warning: the result is not recorded in the bundle. {err}", err=True)
+        return
+    if report.passed and (gap := bundle.parity_gap(report.engine)):
+        click.echo(f"Recorded, but it does not count where parity is required: {gap}.", err=True)
 
 
 def _print(report: ParityReport) -> None:
@@ -317,7 +328,9 @@ def _print(report: ParityReport) -> None:
     for case in report.cases:
         if case.problem:
             click.echo(f"{case.name}: {case.problem}")
-        elif case.output and case.output.nonfinite:
+        elif case.output and case.output.limit != report.limit:
+            click.echo(f"{case.name}: limit {case.output.limit:.1e}, because its bags are longer than the model's.")
+        if case.output and case.output.nonfinite:
             click.echo(f"{case.name}: {case.output.nonfinite} of {case.output.rows} values are NaN or infinite.")
     if report.limited:
         click.echo("Only the golden batch was compared: install `dlrm-deploy[train]` for the PyTorch reference.")

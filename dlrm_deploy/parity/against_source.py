@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.errors import CheckpointError
@@ -33,17 +34,25 @@ def differences(bundle: Bundle, source: Source) -> Iterator[str]:
     for group, matrix in zip(bundle.config.groups, bundle.map_tables(), strict=True):
         for part in group.parts:
             rows = matrix[group.rows_of(part.name)]
-            wrong, first_wrong = 0, None
+            wrong, first_wrong, given = 0, None, 0
             for first, block in source.part_chunks(part):
-                differs = (rows[first : first + len(block)] != block).any(axis=1)
+                given += len(block)
+                differs = (_bits(rows[first : first + len(block)]) != _bits(block)).any(axis=1)
                 if differs.any() and first_wrong is None:
                     first_wrong = first + int(np.argmax(differs))
                 wrong += int(differs.sum())
             if wrong:
                 yield f"table {part.name}: {wrong} of {part.rows} rows, the first one is row {first_wrong}"
+            if given != part.rows:
+                yield f"table {part.name}: the source gives {given} of {part.rows} rows"
     held = bundle.dense_weights()
     for key, weight in source.dense().items():
         if key not in held or held[key].shape != weight.shape:
             yield f"weight {key}: it has another shape"
-        elif wrong := int((held[key] != weight).sum()):
+        elif wrong := int((_bits(held[key]) != _bits(weight)).sum()):
             yield f"weight {key}: {wrong} of {weight.size} values"
+
+
+def _bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
+    """As integers: 0.0 and -0.0 are two, and a NaN is equal to itself."""
+    return np.ascontiguousarray(values, np.float32).view(np.uint32)

@@ -20,12 +20,12 @@ import numpy as np
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import REFERENCE, Bundle
-from dlrm_deploy.checksums import altered_rows, altered_weights
+from dlrm_deploy.checksums import altered_rows, altered_weights, has_checksums
 from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.engines.registry import missing_package, open_unchecked
-from dlrm_deploy.errors import BatchError, EngineError, MissingDependencyError
+from dlrm_deploy.errors import BatchError, BundleError, EngineError, MissingDependencyError
 from dlrm_deploy.model.rounding import derived_limit
 from dlrm_deploy.parity.batches import awkward_batches, out_of_range_batch
 from dlrm_deploy.parity.compare import FloatArray, OutputParity, compare
@@ -50,9 +50,9 @@ _IDS_ROWS = 37
 _ROUNDING_UNITS = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
-def precision_limit(config: ModelConfig, precision: str) -> float:
+def precision_limit(config: ModelConfig, precision: str, batch: Batch | None = None) -> float:
     """`derived_limit` for an engine that computes in another number format: larger by the ratio of rounding units."""
-    return derived_limit(config) * _ROUNDING_UNITS[precision] / _ROUNDING_UNITS["fp32"]
+    return derived_limit(config, batch) * _ROUNDING_UNITS[precision] / _ROUNDING_UNITS["fp32"]
 
 
 def check_parity(
@@ -65,7 +65,7 @@ def check_parity(
     threads: int | None = None,
     batch: Batch | None = None,
     labelled: LabelledSamples | None = None,
-    source: Source | None = None,
+    at_rest: Sequence[ParityCase] | None = None,
     max_auc_drop: float = MAX_AUC_DROP,
     resamples: int = RESAMPLES,
 ) -> ParityReport:
@@ -76,11 +76,13 @@ def check_parity(
         engine_name: one of `dlrm_deploy.engines.registry.ENGINE_NAMES`.
         sizes: of the random batches.
         seed: of all random values.
-        atol: absolute difference of probabilities to accept; None for `precision_limit`.
+        atol: absolute difference of probabilities to accept; None for `precision_limit`, of the batch where its bags
+            are longer than the model's. A record made with a larger one does not count (`Bundle.parity_gap`).
         threads: CPU threads of each engine; None for one per core.
         batch: compare this one only.
         labelled: samples to compare AUC, log loss and calibration on.
-        source: the checkpoint that the bundle was made from; its tables and weights are compared with the bundle's.
+        at_rest: `stored_cases` of the bundle, to look once for several engines; None to look here, unless `batch` is
+            given.
         max_auc_drop: drop in AUC to accept on them.
         resamples: of the bootstrap intervals.
 
@@ -101,8 +103,8 @@ def check_parity(
         reference: Engine | None = None
         if not no_torch:
             reference = stack.enter_context(open_unchecked(bundle, REFERENCE, threads=threads))
-        limit = precision_limit(bundle.config, engine.precision) if atol is None else atol
-        cases = _Cases(bundle, engine, reference, limit)
+        default_limit = precision_limit(bundle.config, engine.precision)
+        cases = _Cases(bundle, engine, reference, atol)
         if batch is not None:
             engine.predict(bundle.golden().batch.rows(0, 1))  # raises where the engine cannot execute here
             attempts = [_run(cases.given(batch))]
@@ -110,14 +112,19 @@ def check_parity(
             attempts = [_run(case) for case in cases.all(sizes, seed)]
             _check_executed(attempts)
         found = [attempt.case for attempt in attempts]
-        if batch is None:
-            found.append(_stored_case(bundle))
-        if source is not None:
-            found.append(_source_case(bundle, source))
+        if at_rest is None and batch is None:
+            at_rest = stored_cases(bundle)
+        found += at_rest or ()
         worth: LabelledParity | None = None
         if labelled is not None and reference is not None:
             case, worth = compare_labelled(
-                labelled, reference, engine, limit=limit, max_auc_drop=max_auc_drop, resamples=resamples, seed=seed
+                labelled,
+                reference,
+                engine,
+                limit=cases.limit,
+                max_auc_drop=max_auc_drop,
+                resamples=resamples,
+                seed=seed,
             )
             found.append(case)
         return ParityReport(
@@ -128,7 +135,9 @@ def check_parity(
             reference=reference.version if reference else "golden batch only, torch is not installed",
             limited=reference is None,
             seed=seed,
-            limit=limit,
+            limit=default_limit if atol is None else atol,
+            default_limit=default_limit,
+            random_samples=0 if reference is None or batch is not None else sum(sizes),
             files=bundle.manifest.files_digest(engine_name),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             cases=tuple(found),
@@ -136,10 +145,21 @@ def check_parity(
         )
 
 
-def _stored_case(bundle: Bundle) -> ParityCase:
-    """Engine and reference read the same tables, so an error in those shows only against what was exported."""
-    altered = [f"table {part}, rows {first} to {last}" for part, first, last in altered_rows(bundle)]
-    altered += [f"weight {key}" for key in altered_weights(bundle)]
+def stored_cases(bundle: Bundle, source: Source | None = None) -> tuple[ParityCase, ...]:
+    """What is stored, against the exporter's checksums where the bundle has some, and against its source if given.
+
+    No engine is asked: engine and reference read the same tables, so an error in those shows only here.
+    """
+    cases = (_checksum_case(bundle),) if has_checksums(bundle) else ()
+    return cases if source is None else (*cases, _source_case(bundle, source))
+
+
+def _checksum_case(bundle: Bundle) -> ParityCase:
+    try:
+        altered = [f"table {part}, rows {first} to {last}" for part, first, last in altered_rows(bundle)]
+        altered += [f"weight {key}" for key in altered_weights(bundle)]
+    except BundleError as err:
+        return ParityCase(STORED, problem=str(err))
     problem = f"not what was exported: {'; '.join(altered[:8])}. Export the bundle again." if altered else None
     return ParityCase(STORED, problem=problem)
 
@@ -194,7 +214,13 @@ class _Cases:
     bundle: Bundle
     engine: Engine
     reference: Engine | None
-    limit: float
+    atol: float | None
+
+    def limit(self, batch: Batch) -> float:
+        """Absolute difference of probabilities to accept for this batch."""
+        if self.atol is not None:
+            return self.atol
+        return precision_limit(self.bundle.config, self.engine.precision, batch)
 
     def all(self, sizes: Sequence[int], seed: int) -> Iterator[_Case]:
         config = self.bundle.config
@@ -229,7 +255,7 @@ class _Cases:
         return self._both("the batch given", batch)
 
     def _against(self, name: str, batch: Batch, expected: Callable[[], FloatArray]) -> _Case:
-        return _Case(name, batch, lambda: compare(self.engine.predict(batch), expected(), self.limit))
+        return _Case(name, batch, lambda: compare(self.engine.predict(batch), expected(), self.limit(batch)))
 
     def _both(self, name: str, batch: Batch, told: Batch | None = None) -> _Case:
         """Engine on `batch`, and reference on `told`, which is the same batch in another type."""

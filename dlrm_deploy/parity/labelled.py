@@ -130,7 +130,7 @@ def compare_labelled(
     reference: Engine,
     engine: Engine,
     *,
-    limit: float,
+    limit: Callable[[Batch], float],
     max_auc_drop: float = MAX_AUC_DROP,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -141,7 +141,7 @@ def compare_labelled(
         samples: of both classes.
         reference: the engine to compare with.
         engine: the engine in question.
-        limit: absolute difference of probabilities to accept.
+        limit: absolute difference of probabilities to accept, of a slice; the largest of all slices counts.
         max_auc_drop: drop in AUC to accept.
         resamples: of the bootstrap intervals.
         seed: of the resamples.
@@ -157,6 +157,7 @@ def compare_labelled(
     expected: list[FloatArray] = []
     actual: list[FloatArray] = []
     worst: tuple[tuple[int, float], Batch] | None = None
+    accepted = 0.0
     for batch, batch_labels in samples.slices():
         try:
             expected.append(reference.predict(batch))
@@ -164,7 +165,8 @@ def compare_labelled(
             raise DataError(f"{samples.source}, from sample {sum(piece.size for piece in labels)} on: {err}") from err
         try:
             actual.append(engine.predict(batch))
-            badness = _badness(compare(actual[-1], expected[-1], limit))
+            accepted = max(accepted, limit(batch))
+            badness = _badness(compare(actual[-1], expected[-1], accepted))
         except Exception as err:  # whatever an engine throws is a fact about this case only
             return ParityCase(CASE, problem=str(err) or type(err).__name__, batch=batch), None
         labels.append(batch_labels)
@@ -173,7 +175,7 @@ def compare_labelled(
     if worst is None:
         raise DataError(f"{samples.source} holds no samples.")
     seen, promised, scored = (np.concatenate(pieces) for pieces in (labels, expected, actual))
-    output = compare(scored, promised, limit)
+    output = compare(scored, promised, accepted)
     case = ParityCase(CASE, output=output, batch=None if output.passed else worst[1])
     if output.nonfinite:
         return case, None

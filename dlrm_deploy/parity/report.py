@@ -121,7 +121,13 @@ class ParityReport:
 
     seed: int
     limit: float
-    """Absolute difference of probabilities accepted."""
+    """Absolute difference of probabilities accepted; a case of longer bags than the model's has its own."""
+
+    default_limit: float
+    """The model's own limit: `limit`, unless another one was given."""
+
+    random_samples: int
+    """Of the random batches."""
 
     files: str
     """Digest of the files compared (`Manifest.files_digest`)."""
@@ -168,22 +174,25 @@ class ParityReport:
 
     @property
     def worst(self) -> ParityCase | None:
-        """The first case with a problem or a value that is not finite, else the one with the largest difference."""
+        """The first case with a problem or a value that is not finite, else the one with the largest difference: of
+        those over their limit, if any are."""
         broken = (case for case in self.cases if case.problem or (case.output and case.output.nonfinite))
         compared = [case for case in self.cases if case.output and case.output.rows]
-        largest = max(compared, key=lambda case: case.output.max_abs if case.output else 0.0, default=None)
+        largest = max(
+            compared, key=lambda case: (not case.passed, case.output.max_abs if case.output else 0.0), default=None
+        )
         return next(broken, largest)
 
     def summary(self) -> str:
         """One line: the verdict on the cases, the worst of them and what was compared."""
-        where = ""
+        where, error, limit = "", self.max_abs, self.limit
         if (worst := self.worst) is not None and worst.output:
-            row = worst.output.worst_row
+            row, error, limit = worst.output.worst_row, worst.output.max_abs, worst.output.limit
             where = f" in {worst.name}" + ("" if row is None else f" at row {row}")
         verdict = "PASSED" if all(case.passed for case in self.cases) else "FAILED"
         line = (
-            f"{verdict}  {OUTPUT}: max abs error {self.max_abs:.2e}{where} "
-            f"(limit {self.limit:.1e}, {self.rows} rows, against {self.reference})"
+            f"{verdict}  {OUTPUT}: max abs error {error:.2e}{where} "
+            f"(limit {limit:.1e}, {self.rows} rows, against {self.reference})"
         )
         problems = [case.name for case in self.cases if case.problem]
         return f"{line}; not passed: {', '.join(problems)}" if problems else line
@@ -199,6 +208,9 @@ class ParityReport:
             "max_ulp": self.max_ulp,
             "mean_ulp": self.mean_ulp,
             "limit": self.limit,
+            "default_limit": self.default_limit,
+            "limited": self.limited,
+            "random_samples": self.random_samples,
             "rows": self.rows,
             "worst_case": worst.name if worst else None,
             "worst_row": worst.output.worst_row if worst and worst.output else None,

@@ -17,9 +17,6 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from dlrm_deploy.errors import CheckpointError
 from dlrm_deploy.tensors.restricted_pickle import (
@@ -32,12 +29,13 @@ from dlrm_deploy.tensors.restricted_pickle import (
 )
 from dlrm_deploy.tensors.stand_ins import TORCH_FILE, Namespace, Storage, StoredArray, StoredTensor, storage
 from dlrm_deploy.tensors.store import BLOCK_BYTES, ITEM_BYTES, Array, TensorStore
+from dlrm_deploy.tensors.strided import StridedReader
+from dlrm_deploy.tensors.window import Window
 
 _MAX_DEPTH = 100
 _MAX_NAME = 1000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
-_SMALL_READ = 1 << 16
 
 
 class TorchFile(TensorStore):
@@ -64,7 +62,7 @@ class TorchFile(TensorStore):
             self._start, self._size = window or (0, size)
             if self._start < 0 or self._size < 0 or self._start + self._size > size:
                 raise CheckpointError(f"{self._label}: it has {size} bytes.")
-            part = _Window(file, self._start, self._size)
+            part = Window(file, self._start, self._size)
             head = part.read(262)
             if head.startswith(b"PK"):
                 value, nodes, self._places = _open_zip(part, self._label)
@@ -120,7 +118,7 @@ class TorchFile(TensorStore):
         place = self._places[tensor.storage.key]
         with self._stream() as file:
             start = place + (tensor.storage.first * ITEM_BYTES[tensor.storage.dtype])
-            reader = _Reader(file, self._start + start, dtype, f"{self._label}: {key}")
+            reader = StridedReader(file, self._start + start, dtype, f"{self._label}: {key}")
             reader.gather(tensor.offset + first_row * strides[0], strides, out)
 
     def _entry(self, key: str) -> tuple[tuple[int, ...], str]:
@@ -185,7 +183,7 @@ def _key_name(key: object) -> str:
 _Opened = tuple[object, int, Mapping[str, int]]
 
 
-def _open_zip(part: _Window, label: str) -> _Opened:
+def _open_zip(part: Window, label: str) -> _Opened:
     try:
         with zipfile.ZipFile(part) as archive:
             entries = archive.infolist()
@@ -254,7 +252,7 @@ def _open_zip(part: _Window, label: str) -> _Opened:
     return value, max(10_000, 2 * len(data)), places
 
 
-def _open_legacy(part: _Window, label: str) -> _Opened:
+def _open_legacy(part: Window, label: str) -> _Opened:
     size = 1 << 20
     while True:
         data = part.read_at(0, min(size, part.size))
@@ -266,7 +264,7 @@ def _open_legacy(part: _Window, label: str) -> _Opened:
         size *= 16
 
 
-def _parse_legacy(data: bytes, part: _Window, label: str) -> _Opened:
+def _parse_legacy(data: bytes, part: Window, label: str) -> _Opened:
     storages: dict[str, Storage] = {}
 
     def persistent(identity: object) -> Storage:
@@ -322,113 +320,3 @@ def _parse_legacy(data: bytes, part: _Window, label: str) -> _Opened:
     if missing := next((key for key in storages if key not in places), None):
         raise CheckpointError(f"{label}: storage {missing} is missing.")
     return value, max(10_000, 2 * nodes), places
-
-
-class _Reader:
-    """Reads strided values of one dtype from a place in a file."""
-
-    def __init__(self, file: io.FileIO, start: int, dtype: str, label: str) -> None:
-        self._file = file
-        self._start = start
-        self._is_bfloat16 = dtype == "bfloat16"
-        self._stored = np.dtype({"bfloat16": "<u2", "bool": "u1"}.get(dtype, dtype)).newbyteorder("<")
-        self._direct = dtype not in ("bfloat16", "bool")
-        self._label = label
-
-    def gather(self, offset: int, strides: tuple[int, ...], out: Array) -> None:
-        """Fill `out` with the values at `offset` and `strides`, both counted in values."""
-        if out.size == 0:
-            return
-        if self._direct and out.flags.c_contiguous and _is_contiguous(out.shape, strides):
-            self._read(offset, out.reshape(-1))
-            return
-        extents = [(size - 1) * step for size, step in zip(out.shape, strides, strict=True)]
-        span = 1 + sum(extents)
-        if span * self._stored.itemsize <= max(2 * out.size * self._stored.itemsize, _SMALL_READ):
-            raw = np.empty(span, self._stored)
-            self._read(offset, raw)
-            steps = tuple(step * self._stored.itemsize for step in strides)
-            self._convert(np.lib.stride_tricks.as_strided(raw, out.shape, steps, writeable=False), out)
-            return
-        # Too much between the values: halve the longest way. A transposed matrix comes in runs of its columns.
-        axis = extents.index(max(extents))
-        half = out.shape[axis] // 2
-        before = (slice(None),) * axis
-        self.gather(offset, strides, out[(*before, slice(None, half))])
-        self.gather(offset + half * strides[axis], strides, out[(*before, slice(half, None))])
-
-    def _convert(self, raw: Array, out: Array) -> None:
-        if self._is_bfloat16:
-            bits = raw.astype(np.uint32)
-            bits <<= np.uint32(16)
-            out[...] = bits.view(np.float32)
-        elif out.dtype == np.bool_:
-            np.not_equal(raw, 0, out=out)
-        else:
-            out[...] = raw
-
-    def _read(self, offset: int, values: Array) -> None:
-        """Values from a place on, in one run."""
-        self._file.seek(self._start + offset * self._stored.itemsize)
-        left = values.view(np.uint8).data
-        while left:
-            count = self._file.readinto(left)
-            if not count:
-                raise CheckpointError(f"{self._label} is cut off: the file became shorter while it was read.")
-            left = left[count:]
-
-
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(strides), strict=True):
-        if size > 1 and step != expected:
-            return False
-        expected *= size
-    return True
-
-
-class _Window(io.RawIOBase):
-    """Part of a file as a file."""
-
-    def __init__(self, file: io.FileIO, start: int, size: int) -> None:
-        self.size = size
-        self._file = file
-        self._start = start
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        if base + offset < 0:
-            raise OSError("a place before the begin of the file")
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self.size - self._position)]
-        if not view:
-            return 0
-        self._file.seek(self._start + self._position)
-        count = self._file.readinto(view)
-        self._position += count
-        return count
-
-    def read_at(self, start: int, count: int) -> bytes:
-        """Exactly these bytes, which are in the window."""
-        self.seek(start)
-        parts = []
-        while count:
-            piece = self.read(min(count, BLOCK_BYTES))
-            if not piece:
-                raise OSError("the file became shorter while it was read")
-            parts.append(piece)
-            count -= len(piece)
-        return b"".join(parts)

@@ -9,10 +9,8 @@ Main path: `open_nvidia` -> `NvidiaFolder`, `read_metadata` -> `device_order` ->
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -36,6 +34,14 @@ from dlrm_deploy.export.importers.layers import (
     pair_columns,
     reordered,
 )
+from dlrm_deploy.export.importers.nvidia_metadata import (
+    METADATA,
+    OPERATIONS,
+    Metadata,
+    NvidiaInteraction,
+    device_order,
+    read_metadata,
+)
 from dlrm_deploy.model.keys import bottom_keys, top_keys
 from dlrm_deploy.tables import TableConfig
 from dlrm_deploy.tensors.raw import RawMatrix
@@ -44,15 +50,11 @@ from dlrm_deploy.tensors.torch_file import TorchFile
 
 PROJECT = "NVIDIA/DeepLearningExamples DLRM"
 
-NvidiaInteraction = Literal["dot", "concat"]
-
-_METADATA = "metadata.pt"
 _TABLE = "bottom_model.embeddings.{}"
 _TABLE_FILE = re.compile(r"bottom_model\.embeddings\.(0|[1-9]\d*)\.bin")
 _BOTTOM = "bottom_model.mlp.{}.{{}}"
 _TOP = "top_model.mlp.{}.{{}}"
 _LOGIT = "top_model.out.{}"
-_OPERATIONS: Mapping[object, NvidiaInteraction] = {"dot": "dot", "cuda_dot": "dot", "cat": "concat"}
 _PARTS = "The processes of a run write parts of one folder: copy the parts of all of them into one."
 _DENSE_FILES = ("bottom_model.mlp", "top_model.mlp", "top_model.out")
 
@@ -127,100 +129,6 @@ def table_numbers(path: Path) -> tuple[int, ...]:
         raise CheckpointError(f"cannot read {path}: {err}.") from err
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Metadata:
-    """What `metadata.pt` says about the model. None: it does not say."""
-
-    devices: tuple[tuple[int, ...], ...] = ()
-    """Tables of each device of the training run, in the order in which it held them."""
-
-    interaction: NvidiaInteraction | None = None
-    hash_indices: bool | None = None
-    bottom_features_ordered: bool | None = None
-
-
-def read_metadata(path: Path) -> Metadata:
-    """What a `metadata.pt` says; nothing where there is no such file.
-
-    Raises:
-        CheckpointError: it is damaged, or contradicts itself.
-    """
-    if not path.exists():
-        return Metadata()
-    return metadata(path, TorchFile(path).values())
-
-
-def metadata(path: Path, values: Mapping[str, object]) -> Metadata:
-    """What the values of a `metadata.pt` say; `path` is for messages.
-
-    Raises:
-        CheckpointError: they contradict each other.
-    """
-    flags = {}
-    for name in ("hash_indices", "bottom_features_ordered"):
-        flag = values.get(f"config.{name}")
-        if flag is not None and not isinstance(flag, bool):
-            raise CheckpointError(f"{path}: {name} is {flag!r}, expected true or false.")
-        flags[name] = flag
-    operation = values.get("config.interaction_op")
-    if operation is not None and operation not in _OPERATIONS:
-        raise CheckpointError(f"{path}: interaction_op is {operation!r}, expected one of dot, cuda_dot, cat.")
-    return Metadata(
-        devices=_devices(path, values), interaction=None if operation is None else _OPERATIONS[operation], **flags
-    )
-
-
-def _devices(path: Path, values: Mapping[str, object]) -> tuple[tuple[int, ...], ...]:
-    """Tables of each device. A device without any leaves no trace but in the numbers of vectors."""
-    places: dict[tuple[int, int], int] = {}
-    vectors: dict[int, int] = {}
-    for name, value in values.items():
-        if not name.startswith("data.device_mapping."):
-            continue
-        if type(value) is not int:
-            raise CheckpointError(f"{path}: {name} is {value!r}, expected a number.")
-        if found := re.fullmatch(r"embedding\.(\d+)\.(\d+)", name.removeprefix("data.device_mapping.")):
-            places[int(found[1]), int(found[2])] = value
-        elif found := re.fullmatch(r"vectors_per_gpu\.(\d+)", name.removeprefix("data.device_mapping.")):
-            vectors[int(found[1])] = value
-    if values.get("data.device_mapping.bottom_mlp", 0) != 0:
-        raise CheckpointError(
-            f"{path}: the bottom MLP was on device {values['data.device_mapping.bottom_mlp']}. The project itself "
-            "takes the first vector for the bottom MLP's, so that it has to be on device 0."
-        )
-    count = 1 + max([*vectors, *(device for device, _ in places)], default=-1)
-    devices = tuple(tuple(places[place] for place in sorted(places) if place[0] == device) for device in range(count))
-    numbers = sorted(number for tables in devices for number in tables)
-    expected = [len(tables) + (device == 0) for device, tables in enumerate(devices)]
-    if numbers != list(range(len(numbers))) or (vectors and [vectors.get(d) for d in range(count)] != expected):
-        raise CheckpointError(
-            f"{path}: its device_mapping contradicts itself: tables {[list(tables) for tables in devices]}, vectors "
-            f"per device {[vectors[d] for d in sorted(vectors)]}. Expected each table once, and a vector for each of "
-            "them and one for the bottom MLP, on device 0."
-        )
-    return devices
-
-
-def device_order(metadata: Metadata) -> tuple[tuple[int, ...], str] | None:
-    """The order in which the top model takes the tables, and how it is known; None where nothing tells.
-
-    A run of one process takes them as its device mapping lists them, which is the largest first, whatever
-    `--bottom_features_ordered` says: only the exchange between processes looks at that flag.
-    """
-    order = tuple(number for tables in metadata.devices for number in tables)
-    if not order:
-        return None
-    if order == tuple(range(len(order))):
-        return order, "by number"
-    if len(metadata.devices) == 1:
-        return order, f"{list(order)}, as the one device of the run held them"
-    if metadata.bottom_features_ordered is None:
-        return None
-    if metadata.bottom_features_ordered:
-        return tuple(range(len(order))), "by number, bottom_features_ordered"
-    return order, f"{list(order)}, as the {len(metadata.devices)} devices of the run held them"
-
-
 def open_nvidia(path: Path, options: ImportOptions) -> ForeignSource:
     """A folder of NVIDIA's DLRM as a source. Features are in the order of the tables' numbers.
 
@@ -235,7 +143,7 @@ def open_nvidia(path: Path, options: ImportOptions) -> ForeignSource:
     """
     options.only("features", "interaction", "dense_transform", "modulo", source="a checkpoint of NVIDIA's DLRM")
     path = Path(path)
-    said = read_metadata(path / _METADATA)
+    said = read_metadata(path / METADATA)
     store = NvidiaFolder(path)
     numbers = table_numbers(path)
     expected = sum(map(len, said.devices)) or max(numbers, default=-1) + 1
@@ -247,7 +155,7 @@ def open_nvidia(path: Path, options: ImportOptions) -> ForeignSource:
         )
     if len(numbers) > expected:
         raise CheckpointError(
-            f"{path} holds tables 0 to {numbers[-1]}, but {_METADATA} knows {expected}. Two checkpoints were mixed."
+            f"{path} holds tables 0 to {numbers[-1]}, but {METADATA} knows {expected}. Two checkpoints were mixed."
         )
     shapes = {key: store.shape(key) for key in store.keys()}  # noqa: SIM118  # of a store
     defaults = tuple(f"cat_{number}" for number in numbers)
@@ -281,14 +189,14 @@ def _order(
         if permuted and options.features != defaults:
             raise ConfigError(
                 f"--features names the tables {listed(options.features)}, which would give them each other's default "
-                f"names. {path / _METADATA} tells their order in the top model; leave the option out, or give other "
+                f"names. {path / METADATA} tells their order in the top model; leave the option out, or give other "
                 "names."
             )
         return known
     if not permuted or options.config is not None:
         flag = "bottom_features_ordered" if said.devices else "the device mapping"
         raise ConfigError(
-            f"{path / _METADATA} does not say {flag}, on which the order of the tables in the top model depends: "
+            f"{path / METADATA} does not say {flag}, on which the order of the tables in the top model depends: "
             "training on one device takes the largest table first, on several devices as they hold them. Give the "
             f"order of all {len(defaults)} tables: --features with {listed(defaults)} for tables 0, 1, ..., without "
             "--config."
@@ -378,11 +286,11 @@ def _interaction(
     widths: dict[NvidiaInteraction, tuple[int, ...]] = {"dot": (dot, _padded(dot)), "concat": (cat,)}
     asked = None
     if options.interaction is not None:
-        asked = _OPERATIONS.get(options.interaction)
+        asked = OPERATIONS.get(options.interaction)
         if asked is None or said.interaction not in (None, asked):
             raise ConfigError(
                 f"--interaction {options.interaction}, but the model computes {said.interaction or 'dot or cat'} "
-                f"({_METADATA}). Leave the option out."
+                f"({METADATA}). Leave the option out."
             )
     chosen = said.interaction or asked
     fits = [name for name, fitting in widths.items() if top in fitting and chosen in (None, name)]

@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,8 +58,11 @@ def test_check_exits_1_and_names_the_worst_row(run, skewed):
     assert Bundle.open(skewed.path).manifest.parity["onnxruntime-stock"]["passed"] is False
 
 
-def test_a_wider_limit_lets_the_same_difference_pass(run, skewed):
-    assert run(skewed.path, "--engine", "onnxruntime-stock", "--atol", "0.01").exit_code == 0
+def test_a_wider_limit_lets_the_same_difference_pass_and_says_that_it_does_not_count(run, skewed):
+    result = run(skewed.path, "--engine", "onnxruntime-stock", "--atol", "0.01")
+    assert result.exit_code == 0
+    assert "it does not count where parity is required" in result.stderr
+    assert "accepted differences up to 0.01" in result.stderr
 
 
 def test_json_is_one_object_with_all_cases(run, bundle):
@@ -103,6 +107,7 @@ def test_a_bundle_that_cannot_be_written_is_a_warning(run, bundle, monkeypatch):
         (("--data", "FILE", "--recipe", "FILE"), "either --data or --recipe"),
         (("--batch-file", "FILE", "--recipe", "FILE"), "leave --recipe out"),
         (("--batch-file", "FILE", "--batch", "3"), "leave --batch out"),
+        (("--batch-file", "FILE", "--source", "FILE"), "leave --source out"),
         (("--data", "FILE", "--max-auc-drop", "nan"), "nan is no limit"),
     ],
 )
@@ -304,10 +309,42 @@ def test_bisect_names_the_stage_and_saves_a_sample_that_shows_it_again(run, bund
     assert "also departs: top MLP, layer 0: sample" in result.stdout
     assert f"BISECT  first departure: weight {bias.name}: the graph holds zeros (1 more)" in result.stdout
     assert "onnxruntime-stock" not in json.loads((bundle.path / "manifest.json").read_text())["parity"]
-    again = run(bundle.path, "--engine", "onnxruntime-stock", "--batch-file", tmp_path / "w.npz", "--bisect", "--json")
+    saved = ("--batch-file", tmp_path / "w.npz", "--bisect", "--save", tmp_path / "again.npz")
+    again = run(bundle.path, "--engine", "onnxruntime-stock", *saved, "--json")
     shown = json.loads(again.stdout)
     assert (shown["passed"], shown["rows"]) == (False, 1)
     assert [one["stage"] for one in shown["bisect"]["departures"]] == [f"weight {bias.name}", "top MLP, layer 0"]
+
+
+def test_without_onnx_a_bisection_still_prints_the_verdict_and_says_what_to_install(run, skewed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    arguments = (skewed.path, "--engine", "onnxruntime-stock", "--batch", "2", "--bisect", "--save", tmp_path / "w.npz")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "FAILED  probability" in result.stdout
+    assert "pip install 'dlrm-deploy[export]'" in result.stdout
+    facts = json.loads(run(*arguments, "--json").stdout)
+    assert facts["passed"] is False
+    assert "dlrm-deploy[export]" in facts["bisect"]["problem"]
+
+
+def test_a_bundle_without_checksums_says_so(run, bundle):
+    path = bundle.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["checksums.npz"]
+    path.write_text(json.dumps(manifest))
+    result = run(bundle.path, "--engine", "onnxruntime-stock", "--batch", "1")
+    assert result.exit_code == 0
+    assert "No checksums" in result.stderr
+    assert check.STORED not in result.stdout
+
+
+def test_tables_are_read_once_for_all_engines(run, bundle, monkeypatch):
+    read = []
+    monkeypatch.setattr(check, "altered_rows", lambda opened: read.append(opened) or iter(()))
+    engines = ("--engine", "onnxruntime-stock", "--engine", "torch")
+    assert run(bundle.path, *engines, "--batch", "1").exit_code == 0
+    assert len(read) == 1
 
 
 def test_bisect_of_a_bundle_that_passes_does_nothing(run, bundle):

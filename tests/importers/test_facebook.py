@@ -222,6 +222,21 @@ def test_one_table_of_26_is_refused_with_the_number(tmp_path):
         opened(path)
 
 
+def test_a_file_that_lost_a_table_is_refused_where_its_optimizer_tells(tmp_path):
+    path = FacebookModel(plain(10, 6, 8)).save(tmp_path / "m.pt", emb_l_2_weight=None)
+    message = r"holds 2 tables .* its optimizer trained 11 tensors, and the file has 10\. .* made for dot with 3 tables"
+    with pytest.raises(CheckpointError, match=message):
+        opened(path)
+
+
+def test_a_bare_state_dict_that_may_have_lost_a_table_is_asked_about(tmp_path):
+    state = {key: value for key, value in FacebookModel(plain(10, 6, 8)).state.items() if key != "emb_l.2.weight"}
+    torch.save(state, tmp_path / "bare.pt")
+    with pytest.raises(CheckpointError, match=r"no optimizer state .* fits dot-self, but .* dot with 3 tables"):
+        opened(tmp_path / "bare.pt")
+    assert opened(tmp_path / "bare.pt", interaction="dot-self").config.self_interaction
+
+
 # What is refused
 
 

@@ -19,7 +19,8 @@ from dlrm_deploy.batch import Batch
 from dlrm_deploy.errors import CheckpointError, ConfigError
 from dlrm_deploy.export.importers.common import ImportOptions
 from dlrm_deploy.export.importers.detect import open_source
-from dlrm_deploy.export.importers.nvidia import Metadata, NvidiaFolder, device_order, metadata
+from dlrm_deploy.export.importers.nvidia import NvidiaFolder
+from dlrm_deploy.export.importers.nvidia_metadata import Metadata, device_order, metadata
 from dlrm_deploy.tensors.store import BLOCK_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore::dlrm_deploy.errors.ParityWarning")

@@ -4,7 +4,7 @@ from bundles import CONFIGS
 
 from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.errors import DataError
-from dlrm_deploy.parity.batch_file import read_batch
+from dlrm_deploy.batch_file import read_batch
 
 FIELDS = ("dense", "indices", "offsets", "weights")
 

@@ -1,6 +1,7 @@
 """Errors planted in a bundle, one stage at a time: each is found where it was planted."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,18 @@ import pytest
 from bundles import CONFIGS, make_bundle
 from onnx import helper, numpy_helper
 
+from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
-from dlrm_deploy.data.random import random_batch
+from dlrm_deploy.data.random import random_batch, with_longer_bags
+from dlrm_deploy.engines.ort import StockOnnxRuntimeEngine
 from dlrm_deploy.engines.registry import open_engine
-from dlrm_deploy.errors import EngineError
+from dlrm_deploy.export.bundle import export_bundle
+from dlrm_deploy.export.sources import RandomSource
 from dlrm_deploy.files import sha256_file
 from dlrm_deploy.model.keys import bottom_keys, top_keys
-from dlrm_deploy.parity.batch_file import read_batch
+from dlrm_deploy.parity import bisect as bisect_module
+from dlrm_deploy.parity import stages
+from dlrm_deploy.batch_file import read_batch
 from dlrm_deploy.parity.bisect import bisect, save_reproducer
 from dlrm_deploy.parity.check import check_parity
 
@@ -165,6 +171,114 @@ def test_a_value_that_is_not_a_number_departs(square_bundle):
     assert bisect(rehash(square_bundle), "onnxruntime-stock", batch).first.stage == "top MLP, layer 0"
 
 
-def test_an_engine_without_inner_tensors_says_so(square_bundle):
-    with pytest.raises(EngineError, match="engine torch does not show what happens inside"):
-        bisect(square_bundle, "torch", random_batch(SQUARE, 8, np.random.default_rng(0)))
+def test_an_engine_without_inner_tensors_says_so_and_is_looked_at_at_rest(square_bundle):
+    batch = random_batch(SQUARE, 8, np.random.default_rng(0))
+    report = bisect(square_bundle, "torch", batch)
+    assert report.summary().startswith("BISECT  not possible: engine torch does not show what happens inside")
+    wrong_row(square_bundle)
+    report = bisect(square_bundle, "torch", batch)
+    assert [departure.stage for departure in report.departures] == ["table t_b"]
+    assert "engine torch does not show" in report.problem
+
+
+def test_without_onnx_the_stored_tables_are_still_looked_at(square_bundle, monkeypatch):
+    wrong_row(square_bundle)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    report = bisect(square_bundle, "onnxruntime-stock", random_batch(SQUARE, 8, np.random.default_rng(0)))
+    assert report.first.stage == "table t_b"
+    assert "pip install 'dlrm-deploy[export]'" in report.problem
+
+
+class Scaled(RandomSource):
+    """Random weights, times a number."""
+
+    def __init__(self, config, tables, dense):
+        super().__init__(config, seed=3)
+        self._tables, self._dense = np.float32(tables), np.float32(dense)
+
+    def part_chunks(self, part):
+        return ((first, chunk * self._tables) for first, chunk in super().part_chunks(part))
+
+    def dense(self):
+        return {key: weight * self._dense for key, weight in super().dense().items()}
+
+
+SCALES = {
+    "tiny": (1e-20, 1),
+    "denormal": (1e-38, 1),
+    "large": (1e15, 1),
+    "saturated": (1, 1e3),
+    "too large": (1e19, 1e19),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["weighted", "parts_weighted", "dcn", "factorization"])
+def test_no_stage_of_a_right_model_departs_whatever_the_size_of_its_values(name, scale, tmp_path):
+    bundle = export_bundle(Scaled(CONFIGS[name], *SCALES[scale]), tmp_path / "bundle")
+    report = bisect(bundle, "onnxruntime-stock", random_batch(bundle.config, 16, np.random.default_rng(0)), threads=1)
+    assert (report.departures, report.problem) == ((), None)
+
+
+@pytest.mark.parametrize("name", ["dot", "weighted"])  # sums and means; weights of both signs
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_stage_of_a_right_model_departs_for_long_bags(name, engine, tmp_path):
+    bundle = make_bundle(name, tmp_path / "bundle")
+    rng = np.random.default_rng(0)
+    lengths_FB = np.array([[0, 100_000, 0], [3, 0, 100_000], [0, 0, 1]])
+    ids = np.concatenate([rng.integers(0, rows, n) for rows, n in zip((11, 18, 25), lengths_FB.sum(1), strict=True)])
+    weights = rng.standard_normal(ids.size, np.float32) if name == "weighted" else None
+    offsets = np.concatenate([[0], np.cumsum(lengths_FB)])
+    batch = Batch(rng.standard_normal((3, 3), np.float32), ids, offsets, weights)
+    assert bisect(bundle, engine, batch, threads=1).departures == ()
+
+
+def test_a_planted_error_is_found_among_tiny_values_and_in_long_bags(tmp_path, monkeypatch):
+    bundle = export_bundle(Scaled(SQUARE, 1e-20, 1), tmp_path / "bundle")
+    zeroed_bag(bundle)
+    monkeypatch.setattr(bisect_module, "SLICE_VALUES", 1000)
+    monkeypatch.setattr(stages, "BLOCK_VALUES", 64)
+    batch = random_batch(with_longer_bags(SQUARE, 400), 8, np.random.default_rng(0))
+    assert batch.rows(0, 1).indices.size * 8 > 1000
+    report = bisect(rehash(bundle), "onnxruntime-stock", batch)
+    assert [departure.stage for departure in report.departures] == ["feature b, table t_b"]
+
+
+def test_a_sum_that_no_float32_bound_holds_for_has_an_infinite_one():
+    one = np.ones(1)
+    assert stages._bound([2**24], one, one) == np.inf
+    assert stages._bound([2], one * 1e39, one) == np.inf
+    assert 0 < stages._bound([2], one * 0, one)[0] < 1e-36
+
+
+def test_slices_hold_a_bounded_number_of_ids_and_every_sample_once(monkeypatch):
+    config = SQUARE
+    lengths_FB = np.random.default_rng(0).integers(0, 40, (3, 50))
+    lengths_FB[1, 7] = 5000  # a sample that is larger than a slice
+    ids = np.zeros(lengths_FB.sum(), np.int64)
+    batch = Batch(np.zeros((50, 3), np.float32), ids, np.concatenate([[0], np.cumsum(lengths_FB)]))
+    monkeypatch.setattr(bisect_module, "SLICE_VALUES", 4000)
+    found = list(bisect_module.slices(config, batch))
+    assert [first for first, _ in found[1:]] == [last for _, last in found[:-1]]
+    assert (found[0][0], found[-1][1]) == (0, 50)
+    assert (7, 8) in found
+    assert all(last == first + 1 or batch.rows(first, last).indices.size * 8 <= 4000 for first, last in found)
+    assert max(last - first for first, last in found) > 3
+
+
+def test_one_session_serves_all_slices(square_bundle, monkeypatch):
+    opened = []
+    real = StockOnnxRuntimeEngine._open_stages
+    monkeypatch.setattr(
+        StockOnnxRuntimeEngine, "_open_stages", lambda self, names: opened.append(names) or real(self, names)
+    )
+    monkeypatch.setattr(bisect_module, "SLICE_ROWS", 4)
+    assert bisect(square_bundle, "onnxruntime-stock", random_batch(SQUARE, 13, np.random.default_rng(0))).first is None
+    assert len(opened) == 1
+
+
+def test_a_batch_without_samples_has_no_departures(any_bundle):
+    empty = random_batch(any_bundle.config, 0, np.random.default_rng(0))
+    report = bisect(any_bundle, "onnxruntime-stock", empty, threads=1)
+    assert (report.departures, report.problem) == ((), None)
+    assert report.stages > 3

@@ -1,9 +1,13 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from bundles import CONFIGS, make_bundle
 
+from dlrm_deploy.batch import Batch
+from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.checksums import CHECKSUMS
 from dlrm_deploy.config import INDEX_POLICIES, PRECISIONS
 from dlrm_deploy.data.random import RandomDataset
 from dlrm_deploy.engines.torch_eager import TorchEngine
@@ -60,7 +64,7 @@ def test_stock_onnxruntime_passes_every_case_of_every_model(any_bundle):
     assert ("all bags empty" in names) == (any_bundle.config.pooling_factors is None)
     assert report.rows == sum(case.output.rows for case in report.cases if case.output)
     assert report.reference.startswith("torch ")
-    assert 0 < report.mean_ulp <= report.max_ulp < 100
+    assert 0 < report.mean_ulp <= report.max_ulp < 1000
 
 
 @pytest.mark.parametrize("policy", INDEX_POLICIES)
@@ -81,7 +85,7 @@ def test_a_32_bit_graph_passes_with_ids_of_both_types(tmp_path):
 def test_a_fault_in_long_bags_is_found_where_it_is(bundle, faulty):
     def fault(predict, batch):
         result = predict(batch)
-        if batch.batch_size and (np.diff(batch.offsets) == 5).all():
+        if batch.batch_size and (np.diff(batch.offsets) == 8).all():
             result[2] += np.float32(1e-4)
         return result
 
@@ -193,7 +197,32 @@ def test_another_seed_gives_other_batches_and_the_same_seed_the_same_figures(bun
 
 
 def test_the_limit_can_be_given(bundle):
-    assert check_parity(bundle, "onnxruntime-stock", sizes=(1,), atol=0.5, threads=1).limit == 0.5
+    report = check_parity(bundle, "onnxruntime-stock", sizes=(1,), atol=0.5, threads=1)
+    assert (report.limit, report.default_limit) == (0.5, LEAST_LIMIT)
+    assert {case.output.limit for case in report.cases if case.output} == {0.5}
+
+
+def test_bags_longer_than_the_models_have_a_limit_of_their_own(tmp_path):
+    bundle = make_bundle("weighted", tmp_path / "bundle")
+    rng = np.random.default_rng(0)
+    lengths = np.array([[30_000, 1], [0, 2], [1, 1]])
+    ids = np.concatenate([rng.integers(0, rows, n) for rows, n in zip((11, 18, 25), lengths.sum(1), strict=True)])
+    dense, weights = rng.standard_normal((2, 3), np.float32), rng.standard_normal(ids.size, np.float32)
+    batch = Batch(dense, ids, np.concatenate([[0], np.cumsum(lengths)]), weights)
+    report = check_parity(bundle, "onnxruntime-stock", batch=batch, threads=1)
+    assert report.passed
+    assert report.limit == LEAST_LIMIT
+    assert report.cases[0].output.limit == pytest.approx(30_000**0.5 * 2.0**-26, rel=0.02)
+    assert f"limit {report.cases[0].output.limit:.1e}" in report.summary()
+
+
+def test_a_bundle_without_checksums_has_no_such_case_and_one_that_lost_them_is_damaged(bundle):
+    (bundle.path / CHECKSUMS).unlink()
+    (case,) = check.stored_cases(bundle)
+    assert not case.passed
+    assert f"cannot read {bundle.path / CHECKSUMS}" in case.problem
+    files = {name: record for name, record in bundle.manifest.files.items() if name != CHECKSUMS}
+    assert check.stored_cases(Bundle(bundle.path, replace(bundle.manifest, files=files))) == ()
 
 
 def test_every_precision_has_a_limit_that_grows_with_its_rounding_unit(bundle):

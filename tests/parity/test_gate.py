@@ -71,6 +71,38 @@ def test_a_failed_check_does_not_count(checked):
         open_engine(checked, ENGINE, require_parity=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "gap"),
+    [
+        ({"atol": 1.0}, "accepted differences up to 1, and this model's limit is 1e-06"),
+        ({"sizes": (0,)}, "compared no random samples"),
+    ],
+)
+def test_a_check_that_was_made_easier_does_not_count(options, gap, bundle):
+    report = check_parity(bundle, ENGINE, **{"sizes": (2,), "threads": 1, **options})
+    assert report.passed
+    bundle.record_parity(ENGINE, report.record())
+    with pytest.raises(EngineError, match=gap):
+        open_engine(bundle, ENGINE, require_parity=True)
+
+
+def test_a_tighter_limit_counts(bundle):
+    bundle.record_parity(ENGINE, check_parity(bundle, ENGINE, sizes=(2,), threads=1, atol=9e-7).record())
+    assert bundle.parity_gap(ENGINE) is None
+
+
+def test_a_check_without_the_reference_does_not_count(bundle, monkeypatch):
+    monkeypatch.setattr("dlrm_deploy.parity.check.missing_package", lambda name: f"no {name}")
+    bundle.record_parity(ENGINE, check_parity(bundle, ENGINE, threads=1).record())
+    with pytest.raises(EngineError, match="compared only the golden batch, because torch was not installed"):
+        open_engine(bundle, ENGINE, require_parity=True)
+
+
+def test_a_record_that_does_not_say_what_was_accepted_does_not_count(checked):
+    edit_record(checked, default_limit=None)
+    assert "does not say what was accepted" in checked.parity_gap(ENGINE)
+
+
 def test_a_record_of_other_files_does_not_count(checked):
     files = checked.manifest.files
     for name in ("model.onnx", "dense.npz", checked.manifest.table_groups[0].file):

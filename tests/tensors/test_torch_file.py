@@ -14,7 +14,6 @@ import torch
 from peak_memory import PEAK
 
 from dlrm_deploy.errors import CheckpointError
-from dlrm_deploy.tensors import torch_file
 from dlrm_deploy.tensors.torch_file import TorchFile
 
 BOTH = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -76,7 +75,7 @@ def test_views_come_back_whole_and_in_blocks(tmp_path, zipped, small_blocks, mon
     """All of them share one storage; with small blocks and reads, strided ones are read in many pieces."""
     if small_blocks:
         monkeypatch.setattr("dlrm_deploy.tensors.store.BLOCK_BYTES", 40)
-        monkeypatch.setattr(torch_file, "_SMALL_READ", 4)
+        monkeypatch.setattr("dlrm_deploy.tensors.strided._SMALL_READ", 4)
     opened = TorchFile(save(tmp_path / "x.pt", VIEWS, zipped))
     for name, tensor in VIEWS.items():
         assert opened.shape(name) == tuple(tensor.shape)
