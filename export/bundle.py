@@ -115,9 +115,17 @@ def _check_room(folder: Path, table_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if table_bytes > free:
         raise OutputError(
-            f"the tables need {table_bytes / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB free. Choose "
+            f"the tables need {size_text(table_bytes)}, and {folder.parent} has {size_text(free)} free. Choose "
             "another place, or fewer rows (--scale-rows, for a preset)."
         )
+
+
+def size_text(count: int) -> str:
+    """A number of bytes in the unit that fits, as 1.5 MB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def _write_tables(

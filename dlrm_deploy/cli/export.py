@@ -28,6 +28,7 @@ _SECTIONS = {
         "dense_transform",
         "modulo",
         "allow_unknown",
+        "no_crc",
         "golden",
     ),
     "Published models with random weights": ("preset", "scale_rows", "seed"),
@@ -100,6 +101,9 @@ class _Sections(click.Command):
 )
 @click.option("--allow-unknown", is_flag=True, help="Ignore tensors of the model that nobody here knows.")
 @click.option(
+    "--no-crc", is_flag=True, help="Do not compare the checksums of torch.save, which it can be told to omit."
+)
+@click.option(
     "--golden",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -137,7 +141,7 @@ def export(
             f"{', '.join('--' + n.replace('_', '-') for n in names)} goes with SOURCE, not --preset."
         )
 
-    from dlrm_deploy.export.bundle import export_bundle
+    from dlrm_deploy.export.bundle import export_bundle, size_text
 
     opened = _open(source, kind or AUTO, given) if source else _random(str(preset), scale_rows, seed)
     with byte_progress("Writing tables", opened.config.table_bytes, quiet=as_json) as progress:
@@ -146,12 +150,19 @@ def export(
         )
     total = sum(record.size for record in bundle.manifest.files.values())
     if as_json:
-        facts = {"bundle": str(out), "model": bundle.config.name, "bytes": total, "recognised": opened.summary()}
+        facts = {
+            "bundle": str(out),
+            "model": bundle.config.name,
+            "bytes": total,
+            "recognised": opened.summary(),
+            "ignored": bundle.manifest.provenance.get("ignored_tensors", {"count": 0, "names": []}),
+        }
         click.echo(json.dumps(facts))
         return
     for line in opened.summary():
         click.echo(f"  {line}")
-    click.echo(f"Wrote {out}: {bundle.config.name}, {len(bundle.config.tables)} tables, {total / 1e6:.1f} MB.")
+    tables = len(bundle.config.tables)
+    click.echo(f"Wrote {out}: {bundle.config.name}, {tables} table{'' if tables == 1 else 's'}, {size_text(total)}.")
     click.echo(f"Next: dlrm-deploy check {out} --engine onnxruntime")
 
 

@@ -97,6 +97,13 @@ class DcpFolder(TensorStore):
             columns = tuple(slice(a, b) for a, b in zip(box.starts[1:], box.ends[1:], strict=True))
             stored.read_into("", low - start, out[(slice(low - first_row, high - first_row), *columns)])
 
+    def verify(self) -> None:
+        """Compare the CRC-32 of every stored box, each a torch.save file of its own."""
+        for key, entry in self._entries.items():
+            for box in entry.boxes:
+                if math.prod(box.sizes):
+                    self._open(key, box.place).verify()
+
     def _row_starts(self, key: str) -> Sequence[int]:
         """Blocks start where boxes do, so that most come from one read."""
         entry = self._entry(key)
@@ -113,6 +120,11 @@ class DcpFolder(TensorStore):
         file = self.path / place.file
         try:
             size = file.stat().st_size
+        except FileNotFoundError as err:
+            raise CheckpointError(
+                f"{self.path} lacks {place.file}, which holds {key}. Each process of a run writes files of its own: "
+                "copy the files of all processes into this folder."
+            ) from err
         except OSError as err:
             raise CheckpointError(f"cannot read {key} from {file}: {err}.") from err
         end = place.offset + place.length

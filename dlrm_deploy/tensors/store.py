@@ -84,6 +84,14 @@ class TensorStore(ABC):
             CheckpointError: as `read`.
         """
 
+    @abstractmethod
+    def verify(self) -> None:
+        """Read everything once and compare it with the checksums that were stored with it, where there are any.
+
+        Raises:
+            CheckpointError: something was altered since it was written, or a file is missing or cut.
+        """
+
     def _row_starts(self, key: str) -> Sequence[int]:
         """Rows at which a block should start, rising; the first is 0."""
         return (0,)

@@ -14,8 +14,10 @@ import io
 import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from dlrm_deploy.errors import CheckpointError
@@ -36,6 +38,16 @@ _MAX_DEPTH = 100
 _MAX_NAME = 1000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A record of a zip archive, with the checksum that its directory says."""
+
+    name: str
+    start: int
+    size: int
+    crc: int
 
 
 class TorchFile(TensorStore):
@@ -65,9 +77,9 @@ class TorchFile(TensorStore):
             part = Window(file, self._start, self._size)
             head = part.read(262)
             if head.startswith(b"PK"):
-                value, nodes, self._places = _open_zip(part, self._label)
+                value, nodes, self._places, self._records = _open_zip(part, self._label)
             elif head.startswith(b"\x80"):
-                value, nodes, self._places = _open_legacy(part, self._label)
+                value, nodes, self._places, self._records = _open_legacy(part, self._label)
             elif head[257:262] == b"ustar":
                 raise CheckpointError(
                     f"{self._label}: it is a tar archive, the format before torch 0.1.10. Load it with torch and save "
@@ -120,6 +132,35 @@ class TorchFile(TensorStore):
             start = place + (tensor.storage.first * ITEM_BYTES[tensor.storage.dtype])
             reader = StridedReader(file, self._start + start, dtype, f"{self._label}: {key}")
             reader.gather(tensor.offset + first_row * strides[0], strides, out)
+
+    def verify(self) -> None:
+        """Compare the CRC-32 of the pickle and of each storage; a file from before torch 1.6 carries none."""
+        if sum(record.size for record in self._records) > self._size:
+            raise CheckpointError(f"{self._label}: its records overlap.")
+        with self._stream() as file:
+            part = Window(file, self._start, self._size)
+            for record in self._records:
+                crc = 0
+                for first in range(0, record.size, BLOCK_BYTES):
+                    piece = part.read_at(record.start + first, min(BLOCK_BYTES, record.size - first))
+                    crc = zlib.crc32(piece, crc)
+                if crc != record.crc:
+                    raise CheckpointError(
+                        f"{self._label}: its record {record.name}{self._holding(record)} was altered after it was "
+                        f"written: its CRC-32 is {crc:08x}, its zip directory says {record.crc:08x}. Copy the file "
+                        "again. If torch wrote it after torch.serialization.set_crc32_options(False), which stores no "
+                        "true checksums, export it with --no-crc."
+                    )
+
+    def _holding(self, record: _Record) -> str:
+        """Which tensors lie in a record, for a message."""
+        names = [
+            name or "the tensor"
+            for name, tensor in self._tensors.items()
+            if isinstance(tensor, StoredTensor) and self._places[tensor.storage.key] == record.start
+        ]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f", which holds {', '.join(names[:3])}{more}," if names else ""
 
     def _entry(self, key: str) -> tuple[tuple[int, ...], str]:
         if key not in self._shapes:
@@ -178,9 +219,10 @@ def _key_name(key: object) -> str:
     return str(key)
 
 
-# Opening: both give the object, how many nodes it may have, and where in the window each storage starts.
+# Opening: both give the object, how many nodes it may have, where in the window each storage starts, and the records
+# that have a checksum.
 
-_Opened = tuple[object, int, Mapping[str, int]]
+_Opened = tuple[object, int, Mapping[str, int], tuple[_Record, ...]]
 
 
 def _open_zip(part: Window, label: str) -> _Opened:
@@ -233,6 +275,7 @@ def _open_zip(part: Window, label: str) -> _Opened:
             "save it again on a little-endian machine."
         )
     places: dict[str, int] = {}
+    read = [_Record(names[0], *find(names[0], MAX_PICKLE_BYTES), records[names[0]].CRC)]
 
     def persistent(identity: object) -> Storage:
         if type(identity) is not tuple or len(identity) != 5 or identity[0] != "storage":
@@ -244,12 +287,14 @@ def _open_zip(part: Window, label: str) -> _Opened:
         if records[name].file_size != found.size:
             raise ValueError(f"its record {name} has {records[name].file_size} bytes, while {found.size} are expected")
         if found.key not in places:
-            places[found.key] = find(name)[0]
+            start, size = find(name)
+            places[found.key] = start
+            read.append(_Record(name, start, size, records[name].CRC))
         return found
 
     data = content(names[0], MAX_PICKLE_BYTES)
     value, _ = unpickle(data, TORCH_FILE, label, persistent=persistent)
-    return value, max(10_000, 2 * len(data)), places
+    return value, max(10_000, 2 * len(data)), places, tuple(read)
 
 
 def _open_legacy(part: Window, label: str) -> _Opened:
@@ -319,4 +364,4 @@ def _parse_legacy(data: bytes, part: Window, label: str) -> _Opened:
         at += 8 + found.size
     if missing := next((key for key in storages if key not in places), None):
         raise CheckpointError(f"{label}: storage {missing} is missing.")
-    return value, max(10_000, 2 * nodes), places
+    return value, max(10_000, 2 * nodes), places, ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,13 +20,16 @@ from dlrm_deploy.export.sources import Source
 from dlrm_deploy.files import sha256_file, sha256_folder
 from dlrm_deploy.model.keys import dense_shapes
 from dlrm_deploy.tables import DIVISIONS, Division, TableConfig, TablePart, check_choice, check_int, check_name
-from dlrm_deploy.tensors.finite import check_finite
+from dlrm_deploy.tensors.finite import as_float32
 from dlrm_deploy.tensors.store import Array, TensorStore
 
 FloatArray = npt.NDArray[np.float32]
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 """Dtypes of weights that are read; all become float32."""
+
+IGNORED_LISTED = 20
+"""Most names of tensors that `--allow-unknown` left out which an export lists."""
 
 _LISTED = 5
 
@@ -61,6 +64,9 @@ class ImportOptions:
 
     allow_unknown: bool = False
     """Ignore tensors of the model that the importer does not know."""
+
+    no_crc: bool = False
+    """Do not compare the checksums in the checkpoint: torch can be told to store none that are true."""
 
     golden: Path | None = None
     """A .npz file with inputs and what the source project computed for them."""
@@ -102,10 +108,10 @@ class ImportOptions:
         """Raise `ConfigError` for an architecture option that means nothing here.
 
         Args:
-            names: the architecture options that do; `name`, `config`, `allow_unknown` and `golden` always do.
+            names: the architecture options that do; `name`, `config`, `allow_unknown`, `no_crc` and `golden` always do.
             source: what is imported, for the message.
         """
-        always = {"name", "config", "allow_unknown", "golden"}
+        always = {"name", "config", "allow_unknown", "no_crc", "golden"}
         wrong = [option(name) for name in self.given() if name not in always.union(names)]
         if wrong:
             raise ConfigError(f"{', '.join(wrong)} means nothing for {source}. Leave it out.")
@@ -151,14 +157,12 @@ class Stored:
             yield first, self._convert(block, first, label)
 
     def _convert(self, values: Array, first: int, label: str) -> FloatArray:
-        with np.errstate(over="ignore"):  # float64 values beyond float32 become infinite, and are refused
-            converted: FloatArray = np.asarray(values, np.float32)
-        check_finite(converted, first, label)
+        converted = as_float32(values, first, label)
         return converted if self.adapt is None else self.adapt(converted, first)
 
 
 class ForeignSource(Source):
-    """A model in another project's checkpoint. Shapes and dtypes are compared here, values when they are read."""
+    """A model in another project's checkpoint. Shapes, dtypes and checksums are compared here, values when read."""
 
     golden_remedy = (
         "Either these outputs are of other weights, or the model is not the one that the options describe. Inputs must "
@@ -177,6 +181,7 @@ class ForeignSource(Source):
         parts: Mapping[str, Stored],
         options: ImportOptions,
         facts: Mapping[str, Any] | None = None,
+        ignored: Sequence[str] = (),
     ) -> None:
         """Compare what is stored with what the model needs.
 
@@ -189,9 +194,11 @@ class ForeignSource(Source):
             parts: where each table part is, by its name; no more and no fewer.
             options: as given; `golden` is read here.
             facts: further plain values for the provenance, such as an order that was chosen.
+            ignored: unknown tensors of the model that `--allow-unknown` leaves out.
 
         Raises:
-            CheckpointError: a tensor is missing, left over, of another shape than the model needs, or no float.
+            CheckpointError: a tensor is missing, left over, of another shape than the model needs, or no float, or the
+                checkpoint was altered after it was written.
             ConfigError: the golden file does not fit.
         """
         self.kind = kind
@@ -202,6 +209,7 @@ class ForeignSource(Source):
         self._parts = parts
         self._options = options
         self._facts = dict(facts or {})
+        self._ignored = tuple(ignored)
         said = "--config" if options.config is not None else "the model"
         for table in config.tables:
             for part in table.parts:
@@ -213,6 +221,9 @@ class ForeignSource(Source):
             check_dtype(stored.store, stored.key)
         self._golden = None if options.golden is None else read_golden(options.golden, config)
         self.golden_name = str(options.golden)
+        if not options.no_crc:
+            for store in {id(stored.store): stored.store for stored in (*dense.values(), *parts.values())}.values():
+                store.verify()
 
     def _check_part(self, part: TablePart, table: TableConfig, said: str) -> None:
         stored = self._parts.get(part.name)
@@ -271,13 +282,18 @@ class ForeignSource(Source):
             "checkpoint": self.path.name,
             "checkpoint_sha256": digest,
             **self._facts,
+            **({"ignored_tensors": self._ignored_tensors()} if self._ignored else {}),
             "options": given,
         }
+
+    def _ignored_tensors(self) -> dict[str, Any]:
+        return {"count": len(self._ignored), "names": list(self._ignored[:IGNORED_LISTED])}
 
     def summary(self) -> tuple[str, ...]:
         """What was recognised, in a few lines for a person."""
         facts = tuple(f"{name.replace('_', ' ')}: {value}" for name, value in self._facts.items())
-        return (f"{self.project} checkpoint {self.path.name}", *describe(self.config), *facts)
+        ignored = (f"ignored tensors: {listed(self._ignored, IGNORED_LISTED)}",) if self._ignored else ()
+        return (f"{self.project} checkpoint {self.path.name}", *describe(self.config), *facts, *ignored)
 
 
 def _plain(value: object) -> object:
@@ -306,10 +322,12 @@ def describe(config: ModelConfig) -> tuple[str, ...]:
         kind += " with projection" if table.projection is not None else ""
         kinds[kind] = kinds.get(kind, 0) + 1
     interaction = config.interaction + (" with itself" if config.self_interaction else "")
-    moduli = sorted({feature.modulo for feature in config.features if feature.modulo is not None})
+    moduli = {feature.name: feature.modulo for feature in config.features if feature.modulo is not None}
     inputs = [f"dense values: {_TRANSFORMS[config.dense_transform]}"]
-    if moduli:
-        inputs.append(f"ids modulo {listed(map(str, moduli))}")
+    if len(moduli) == len(config.features) and len(set(moduli.values())) == 1:
+        inputs.append(f"ids modulo {next(iter(moduli.values()))}")
+    elif moduli:
+        inputs.append(f"ids modulo {listed(f'{modulo} ({name})' for name, modulo in moduli.items())}")
     return (
         f"layers: bottom {_widths(len(config.dense_features), *config.bottom_mlp)}, interaction {interaction}, "
         f"top {_widths(config.interaction_width, *config.top_mlp)}",
@@ -326,10 +344,10 @@ def _widths(*widths: int) -> str:
     return "-".join(map(str, widths))
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], most: int = _LISTED) -> str:
     """The first few names, for a message."""
     names = list(names)
-    return ", ".join(names[:_LISTED]) + (f", ... ({len(names)} in all)" if len(names) > _LISTED else "")
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def read_rows(store: TensorStore, key: str, first: int, count: int) -> FloatArray:
@@ -337,8 +355,7 @@ def read_rows(store: TensorStore, key: str, first: int, count: int) -> FloatArra
     dtype = store.dtype(key)
     rows = np.empty((count, *store.shape(key)[1:]), "float32" if dtype == "bfloat16" else dtype)
     store.read_into(key, first, rows)
-    check_finite(rows, first, f"{store.path}: {key}")
-    return rows.astype(np.float32, copy=False)
+    return as_float32(rows, first, f"{store.path}: {key}")
 
 
 def matrix_shape(store: TensorStore, key: str) -> tuple[int, int]:
@@ -351,6 +368,23 @@ def matrix_shape(store: TensorStore, key: str) -> tuple[int, int]:
     if len(shape) != 2 or 0 in shape:
         raise CheckpointError(f"{store.path}: {key} is {list(shape)}, expected a matrix [rows, width] with values.")
     return shape[0], shape[1]
+
+
+def refuse_sparse(path: Path, names: Iterable[str], wanted: Callable[[str], object]) -> None:
+    """Raise `CheckpointError` for a sparse tensor: two tensors, `NAME.indices` and `NAME.values`, in what was opened.
+
+    Args:
+        path: the checkpoint, for the message.
+        names: of tensors.
+        wanted: whether a name is that of a tensor of the model.
+    """
+    names = set(names)
+    bases = (name.removesuffix(".indices") for name in sorted(names) if name.endswith(".indices"))
+    if sparse := [base for base in bases if f"{base}.values" in names and wanted(base)]:
+        raise CheckpointError(
+            f"{path}: {listed(sparse)} {'is a sparse tensor' if len(sparse) == 1 else 'are sparse tensors'}, which are "
+            "not read here. Save the state_dict with each as tensor.to_dense()."
+        )
 
 
 def refuse_unknown(store: TensorStore, keys: list[str], project: str, options: ImportOptions) -> None:

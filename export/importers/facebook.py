@@ -88,6 +88,7 @@ def open_facebook(store: TensorStore, options: ImportOptions) -> ForeignSource:
         parts=parts,
         options=options,
         facts=facts,
+        ignored=names.unknown,
     )
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from dlrm_deploy.errors import CheckpointError
-from dlrm_deploy.export.importers.common import ImportOptions, check_dtype, listed, refuse_unknown
+from dlrm_deploy.export.importers.common import ImportOptions, check_dtype, listed, refuse_sparse, refuse_unknown
 from dlrm_deploy.tensors.store import TensorStore
 
 PROJECT = "facebookresearch/dlrm"
@@ -46,6 +46,9 @@ class Names:
     distributed: bool
     """The MLPs are wrapped as in a run of several processes, which save only their own tables."""
 
+    unknown: tuple[str, ...]
+    """Keys of tensors of the model that the project does not have, and that may be ignored."""
+
 
 def read_names(store: TensorStore, options: ImportOptions) -> Names:
     """Find the model in the file and give every tensor its role."""
@@ -68,17 +71,24 @@ def read_names(store: TensorStore, options: ImportOptions) -> Names:
         if plain in found:
             raise CheckpointError(f"{store.path} holds {plain} twice: as {found[plain]} and as {key}.")
         found[plain] = key
-    known = [name for name in found if any(p.fullmatch(name) for p in (_TABLE, _LAYER, _POOL))]
-    refuse_unknown(store, [found[name] for name in found if name not in set(known)], PROJECT, options)
+    known = [name for name in found if _is_known(name)]
+    unknown = [found[name] for name in found if name not in set(known)]
+    refuse_sparse(store.path, found, _is_known)
+    refuse_unknown(store, unknown, PROJECT, options)
     names = Names(
         tables=_tables(store, found),
         bottom=_layers(store, found, "bot_l"),
         top=_layers(store, found, "top_l"),
         distributed=distributed,
+        unknown=tuple(unknown),
     )
     for name in known:
         check_dtype(store, found[name])
     return names
+
+
+def _is_known(name: str) -> bool:
+    return any(pattern.fullmatch(name) for pattern in (_TABLE, _LAYER, _POOL))
 
 
 def _tables(store: TensorStore, found: dict[str, str]) -> tuple[Table, ...]:
@@ -89,9 +99,10 @@ def _tables(store: TensorStore, found: dict[str, str]) -> tuple[Table, ...]:
     pools = {int(match[1]): key for name, key in found.items() if (match := _POOL.fullmatch(name))}
     missing = [f"emb_l.{i}" for i in range(max(1, len(keys))) if i not in keys]
     if missing:
+        some = f"{len(keys)} table{'s' if len(keys) > 1 else ''}, {listed(f'emb_l.{i}' for i in sorted(keys))}"
+        seen = f"{some}, but not {listed(missing)}" if keys else "no tables"
         raise CheckpointError(
-            f"{store.path} holds {len(keys)} tables, {listed(f'emb_l.{i}' for i in sorted(keys)) or 'none'}, but not "
-            f"{listed(missing)}. Put all tables into one state_dict, numbered from 0 in the order of the features."
+            f"{store.path} holds {seen}. Put all tables into one state_dict, numbered from 0 in the order of the features."
         )
     for i in sorted(keys):
         if set(keys[i]) not in _TABLE_KINDS:

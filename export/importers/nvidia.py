@@ -115,6 +115,14 @@ class NvidiaFolder(TensorStore):
             file, name = self._file(key)
             file.read_into(name, first_row, out)
 
+    def verify(self) -> None:
+        """Compare the CRC-32 of the `.pt` files; tables are bare numbers and carry none."""
+        beside = [TorchFile(file) for file in sorted(self.path.glob("*.meta.pt"))]
+        if (self.path / METADATA).exists():
+            beside.append(TorchFile(self.path / METADATA))
+        for file in (*dict.fromkeys(file for file, _ in self._files.values()), *beside):
+            file.verify()
+
     def _file(self, key: str) -> tuple[TorchFile, str]:
         if key not in self._files:
             raise self._no_tensor(key)
@@ -195,9 +203,12 @@ def _order(
         return known
     if not permuted or options.config is not None:
         flag = "bottom_features_ordered" if said.devices else "the device mapping"
+        exists = (path / METADATA).exists()
+        seen = f"{path / METADATA} does not say {flag}" if exists else f"{path} lacks {METADATA}, which says {flag}"
+        remedy = "Give" if exists else f"Copy {METADATA} too, or give"
         raise ConfigError(
-            f"{path / METADATA} does not say {flag}, on which the order of the tables in the top model depends: "
-            "training on one device takes the largest table first, on several devices as they hold them. Give the "
+            f"{seen}, on which the order of the tables in the top model depends: "
+            f"training on one device takes the largest table first, on several devices as they hold them. {remedy} the "
             f"order of all {len(defaults)} tables: --features with {listed(defaults)} for tables 0, 1, ..., without "
             "--config."
         )

@@ -93,6 +93,7 @@ def open_torchrec(store: TensorStore, options: ImportOptions) -> ForeignSource:
         parts={name: Stored(store=store, key=key) for name, key in found.tables.items()},
         options=options,
         facts={"model": _MODELS[interaction], "prefix": found.prefix or "none", "order_of_tables": order},
+        ignored=found.unknown,
     )
 
 

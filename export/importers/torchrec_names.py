@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlrm_deploy.errors import CheckpointError
-from dlrm_deploy.export.importers.common import listed
+from dlrm_deploy.export.importers.common import listed, refuse_sparse
 from dlrm_deploy.tensors.store import TensorStore
 
 PROJECT = "pytorch/torchrec"
@@ -59,6 +59,7 @@ def find_model(store: TensorStore) -> FoundModel:
             f"{store.path} holds a quantized model ({listed(quantized)}): its tables are rounded to a few bits, and an "
             "export would carry that on. Save the state_dict from before torchrec.inference quantized it."
         )
+    refuse_sparse(store.path, keys, _TABLE.fullmatch)
     prefixes = dict.fromkeys(match["prefix"] for key in keys if (match := _TABLE.fullmatch(key)))
     whole = [p for p in prefixes if all(_holds(keys, p + part) for part in ("dense_arch.", "over_arch."))]
     if not whole:
@@ -92,6 +93,11 @@ def _sort_keys(path: Path, keys: tuple[str, ...], prefix: str) -> FoundModel:
         name = _table_name(match["table"]) if match and is_table else _without_wrapper(key.removeprefix(prefix))
         place = tables if is_table else dense
         kinds.append("table" if is_table else "dense")
+        if name in place and is_table:
+            raise CheckpointError(
+                f"{path}: two tables become {name} here: {place[name]} and {key}. Characters of table names other than "
+                "letters, digits, _ and - become _: give one of them another name in the state_dict, and save it again."
+            )
         if name in place or not (is_table or _DENSE.fullmatch(name)):
             unknown.append(key)
         else:

@@ -237,6 +237,18 @@ def test_a_bare_state_dict_that_may_have_lost_a_table_is_asked_about(tmp_path):
     assert opened(tmp_path / "bare.pt", interaction="dot-self").config.self_interaction
 
 
+def test_a_whole_dot_self_file_needs_no_option():
+    assert opened(GOLDEN / "facebook" / "dot-itself.pt").config.self_interaction
+
+
+def test_the_file_of_one_process_is_not_taken_for_a_model_also_without_its_prefix(tmp_path):
+    saved = torch.load(GOLDEN / "facebook" / "ddp-rank0.pt", weights_only=False)  # a golden file of ours
+    saved["state_dict"] = {key.replace("module.", ""): value for key, value in saved["state_dict"].items()}
+    torch.save(saved, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="may also be a part of a model: dot with 3 tables"):
+        opened(tmp_path / "x.pt")
+
+
 # What is refused
 
 
