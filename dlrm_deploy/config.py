@@ -251,9 +251,7 @@ class ModelConfig:
             for part in members:
                 starts[part.name] = rows
                 rows += part.rows
-            slots = tuple(
-                Slot(feature, part, starts[part.name]) for feature, part in pooled if part.name in starts
-            )
+            slots = tuple(Slot(feature, part, starts[part.name]) for feature, part in pooled if part.name in starts)
             groups.append(TableGroup(f"width{width}", width, rows, members, tuple(starts.values()), slots))
         return tuple(groups)
 

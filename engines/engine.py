@@ -66,6 +66,11 @@ class Engine(ABC):
     def implementations(self) -> dict[str, str]:
         """Which implementation each operator of ours really uses in this engine, found by looking, not by assuming."""
 
+    @property
+    def most_ids(self) -> int | None:
+        """Ids that a bag may hold at most; None for any number."""
+        return None
+
     def stage_outputs(self, batch: Batch, tensors: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
         """What inner tensors of the graph hold for a batch that fits the model; unknown names are left out.
 

@@ -85,6 +85,8 @@ class StockOnnxRuntimeEngine(Engine):
     def stage_outputs(self, batch: Batch, tensors: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
         """The session that shows them is kept until other tensors are asked for."""
         asked = tuple(dict.fromkeys(tensors))
+        if not asked:
+            return {}
         if self._stages is None or self._stages[0] != asked:
             self._stages = None  # the earlier session goes before the next one comes
             self._stages = asked, *self._open_stages(asked)
@@ -108,11 +110,10 @@ class StockOnnxRuntimeEngine(Engine):
         try:
             model = onnx.load(self.bundle.model_path, load_external_data=False)
             inner = {name for node in model.graph.node for name in node.output}
-            known = {output.name for output in model.graph.output}
             names = [name for name in tensors if name in inner]
-            model.graph.output.extend(
-                helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in known
-            )
+            # The only outputs: what comes after the last of them is not computed, and cannot fail.
+            del model.graph.output[:]
+            model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
             options = self._options()
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(self.bundle.model_path.parent)

@@ -151,7 +151,7 @@ def check(
             "what was exported. Export it again for that.",
             err=True,
         )
-    at_rest = stored_cases(opened, origin) if batch is None else ()
+    at_rest = stored_cases(opened, origin)
     reports: list[ParityReport] = []
     absent: list[_Absent] = []
     for name in _names(engines):
@@ -225,8 +225,10 @@ def _bisect(bundle: Bundle, report: ParityReport, save: Path | None) -> _Found:
 
 def _print_bisect(found: _Found) -> None:
     report = found.report
-    for departure in report.departures[1:9]:
-        click.echo(f"also departs: {departure.stage}: {departure.detail}")
+    others = [departure for departure in report.departures if departure is not report.first]
+    for departure in others[:8]:
+        kind = "also departs" if departure.batch is not None else "stored"
+        click.echo(f"{kind}: {departure.stage}: {departure.detail}")
     if report.departures and report.problem:
         click.echo(f"not looked at: {report.problem}")
     click.echo(report.summary())

@@ -73,17 +73,18 @@ def random_batch(
 
 
 def with_longer_bags(config: ModelConfig, ids: int = 8, most: int | None = None) -> ModelConfig:
-    """The same model for drawing batches with: bags that vary hold up to `ids` ids, or more where the model says so.
+    """The same model for drawing batches with: bags of which it does not say how long they are hold up to `ids` ids.
 
     Args:
-        config: the model. `max_ids` says what its data holds, or nothing at all; engines take bags of any length.
-        ids: length to reach at least.
+        config: the model.
+        ids: length of such bags.
         most: ids that a bag may hold at most; None for any number.
     """
-    longest = [min(max(feature.longest_bag, ids), most or sys.maxsize) for feature in config.features]
     features = (
-        feature if feature.pooling_factor else replace(feature, max_ids=length)
-        for feature, length in zip(config.features, longest, strict=True)
+        feature
+        if feature.pooling_factor
+        else replace(feature, max_ids=min(feature.max_ids or ids, most or sys.maxsize))
+        for feature in config.features
     )
     return replace(config, features=tuple(features))
 

@@ -19,8 +19,9 @@ from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.checksums import altered_rows, altered_weights
 from dlrm_deploy.config import ModelConfig
+from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.engines.registry import open_unchecked
-from dlrm_deploy.errors import BundleError, DlrmDeployError, EngineError, MissingDependencyError
+from dlrm_deploy.errors import DlrmDeployError, EngineError, MissingDependencyError
 from dlrm_deploy.files import atomic_file, output_errors
 from dlrm_deploy.parity.stages import FloatArray, Stage, Stages
 
@@ -66,8 +67,9 @@ class BisectReport:
 
     @property
     def first(self) -> Departure | None:
-        """The first departure of the stages at rest, else of those in motion."""
-        return self.departures[0] if self.departures else None
+        """The first stage that departs in motion, else the first difference at rest."""
+        moving = (departure for departure in self.departures if departure.batch is not None)
+        return next(moving, self.departures[0] if self.departures else None)
 
     def summary(self) -> str:
         """One line."""
@@ -129,7 +131,10 @@ def _in_motion(bundle: Bundle, engine_name: str, batch: Batch, threads: int | No
             rows = batch.rows(first, last)
             stages = list(Stages(bundle, rows))
             count = len(stages)
-            seen = engine.stage_outputs(rows, [stage.tensor for stage in stages])
+            try:
+                seen = engine.stage_outputs(rows, [stage.tensor for stage in stages])
+            except EngineError as err:
+                return count, [_failing_stage(engine, stages, rows, first, err)]
             if missing := sorted({stage.tensor for stage in stages} - set(seen)):
                 raise EngineError(
                     f"the graph of {bundle.path} has no tensor {', '.join(missing)}, so its stages cannot be told "
@@ -140,6 +145,24 @@ def _in_motion(bundle: Bundle, engine_name: str, batch: Batch, threads: int | No
             if departures:
                 return count, departures
     return count, []
+
+
+def _failing_stage(engine: Engine, stages: list[Stage], rows: Batch, first: int, error: EngineError) -> Departure:
+    """The first stage that the engine cannot even compute.
+
+    Raises:
+        EngineError: it is none of them, as for an engine that shows no inner tensors.
+    """
+    try:
+        engine.stage_outputs(rows, [])
+    except EngineError:
+        raise error from None
+    for stage in stages:
+        try:
+            engine.stage_outputs(rows, [stage.tensor])
+        except EngineError as err:
+            return Departure(stage.name, first, str(err), rows.rows(0, min(1, rows.batch_size)))
+    raise error
 
 
 def slices(config: ModelConfig, batch: Batch) -> Iterator[tuple[int, int]]:
@@ -223,44 +246,11 @@ def _stored_departures(bundle: Bundle) -> Iterator[Departure]:
 
 
 def _graph_departures(bundle: Bundle) -> Iterator[Departure]:
-    held = _graph_weights(bundle)
-    for key, weight in bundle.dense_weights().items():
-        if key not in held:
-            continue
-        if held[key].shape != weight.shape:
-            detail = f"the graph holds {list(held[key].shape)}, dense.npz {list(weight.shape)}"
-        elif np.array_equal(held[key], weight):
-            continue
-        else:
-            detail = _difference(held[key], weight)
-        yield Departure(f"weight {key}", None, detail)
-
-
-def _difference(held: FloatArray, weight: FloatArray) -> str:
-    """In what way two arrays of one shape differ."""
-    count = int((held != weight).sum())
-    if weight.ndim == 2 and weight.shape[0] == weight.shape[1] and np.array_equal(held, weight.T):
-        return "the graph holds its transpose"
-    if not held.any():
-        return "the graph holds zeros"
-    if weight.ndim == 2 and np.array_equal(np.sort(held, axis=1), np.sort(weight, axis=1)):
-        return "the graph holds its columns in another order"
-    return f"{count} of {weight.size} values in the graph are not those of dense.npz"
-
-
-def _graph_weights(bundle: Bundle) -> dict[str, FloatArray]:
     try:
-        import onnx
-        from onnx import numpy_helper
+        from dlrm_deploy.parity.stored_graph import differences
     except ImportError as err:
         raise MissingDependencyError(
             "looking into model.onnx needs the package onnx. Install it with `pip install 'dlrm-deploy[export]'`."
         ) from err
-    try:
-        model = onnx.load(bundle.model_path, load_external_data=False)
-    except Exception as err:  # that of damaged files has no base but Exception
-        raise BundleError(
-            f"cannot read {bundle.model_path}: {err}. Copy the bundle again, or export it again."
-        ) from err
-    inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in inside}
+    for place, detail in differences(bundle):
+        yield Departure(place, None, detail)

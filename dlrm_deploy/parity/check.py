@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,10 +23,10 @@ from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import REFERENCE, Bundle
 from dlrm_deploy.checksums import altered_rows, altered_weights, has_checksums
 from dlrm_deploy.config import ModelConfig
-from dlrm_deploy.data.random import random_batch
+from dlrm_deploy.data.random import random_batch, with_longer_bags
 from dlrm_deploy.engines.engine import Engine
-from dlrm_deploy.engines.registry import missing_package, open_unchecked
-from dlrm_deploy.errors import BatchError, BundleError, EngineError, MissingDependencyError
+from dlrm_deploy.engines.registry import PLAN_ENGINES, missing_package, open_unchecked
+from dlrm_deploy.errors import BatchError, BundleError, DlrmDeployError, EngineError, MissingDependencyError
 from dlrm_deploy.model.rounding import derived_limit
 from dlrm_deploy.parity.batches import awkward_batches, out_of_range_batch
 from dlrm_deploy.parity.compare import FloatArray, OutputParity, compare
@@ -41,6 +42,9 @@ SEED = 20190531
 
 STORED = "stored as exported"
 """Name of the case that compares what is stored with the exporter's checksums."""
+
+GRAPH = "graph as exported"
+"""Name of the case that writes the graph again and compares; left out where onnx is not installed."""
 
 SOURCE = "equal to the source"
 """Name of the case that compares it with the source checkpoint."""
@@ -106,11 +110,13 @@ def check_parity(
         default_limit = precision_limit(bundle.config, engine.precision)
         cases = _Cases(bundle, engine, reference, atol)
         if batch is not None:
-            engine.predict(bundle.golden().batch.rows(0, 1))  # raises where the engine cannot execute here
+            if engine_name in PLAN_ENGINES:
+                engine.predict(bundle.golden().batch.rows(0, 1))  # raises where it cannot execute here
             attempts = [_run(cases.given(batch))]
         else:
             attempts = [_run(case) for case in cases.all(sizes, seed)]
-            _check_executed(attempts)
+            if engine_name in PLAN_ENGINES:  # others can execute here, or would not have opened
+                _check_executed(attempts)
         found = [attempt.case for attempt in attempts]
         if at_rest is None and batch is None:
             at_rest = stored_cases(bundle)
@@ -131,7 +137,7 @@ def check_parity(
             engine=engine_name,
             version=engine.version,
             precision=engine.precision,
-            implementations=engine.implementations(),
+            implementations=_implementations(engine),
             reference=reference.version if reference else "golden batch only, torch is not installed",
             limited=reference is None,
             seed=seed,
@@ -150,8 +156,12 @@ def stored_cases(bundle: Bundle, source: Source | None = None) -> tuple[ParityCa
 
     No engine is asked: engine and reference read the same tables, so an error in those shows only here.
     """
-    cases = (_checksum_case(bundle),) if has_checksums(bundle) else ()
-    return cases if source is None else (*cases, _source_case(bundle, source))
+    cases = [_checksum_case(bundle)] if has_checksums(bundle) else []
+    if find_spec("onnx") is not None:
+        cases.append(_graph_case(bundle))
+    if source is not None:
+        cases.append(_source_case(bundle, source))
+    return tuple(cases)
 
 
 def _checksum_case(bundle: Bundle) -> ParityCase:
@@ -164,12 +174,30 @@ def _checksum_case(bundle: Bundle) -> ParityCase:
     return ParityCase(STORED, problem=problem)
 
 
+def _graph_case(bundle: Bundle) -> ParityCase:
+    from dlrm_deploy.parity.stored_graph import differences
+
+    try:
+        found = [f"{place}: {detail}" for place, detail in differences(bundle)]
+    except DlrmDeployError as err:
+        return ParityCase(GRAPH, problem=str(err))
+    problem = f"not what the exporter writes: {'; '.join(found[:8])}. Export the bundle again." if found else None
+    return ParityCase(GRAPH, problem=problem)
+
+
 def _source_case(bundle: Bundle, source: Source) -> ParityCase:
     from dlrm_deploy.parity.against_source import differences
 
     found = list(differences(bundle, source))
     problem = f"the bundle differs from its source: {'; '.join(found[:8])}. Export it again." if found else None
     return ParityCase(SOURCE, problem=problem)
+
+
+def _implementations(engine: Engine) -> dict[str, str]:
+    try:
+        return engine.implementations()
+    except Exception as err:  # it scores a sample to find out, which is what may fail
+        return {"operators": f"unknown: {err}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,11 +265,12 @@ class _Cases:
         if not refused:
             policy = "modulo of the features" if config.index_policy == "error" else config.index_policy
             yield self._both(f"ids out of range: {policy}", bad)
+        drawn = with_longer_bags(config, most=self.engine.most_ids)
         for size in sizes:
-            yield self._both(f"{size} random samples", random_batch(config, size, rng))
-        for name, batch in awkward_batches(config, rng).items():
+            yield self._both(f"{size} random samples", random_batch(drawn, size, rng))
+        for name, batch in awkward_batches(config, rng, self.engine.most_ids).items():
             yield self._both(name, batch)
-        wide = random_batch(config, _IDS_ROWS, rng)
+        wide = random_batch(drawn, _IDS_ROWS, rng)
         yield self._both("64-bit ids", wide)
         if max(config.feature_rows) <= np.iinfo(np.int32).max:
             narrow = Batch(wide.dense, wide.indices.astype(np.int32), wide.offsets.astype(np.int32), wide.weights)

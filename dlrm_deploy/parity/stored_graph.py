@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 
 import dlrm_deploy
 from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.errors import BundleError
 from dlrm_deploy.export.graph import write_model
 
 _SHOWN = 60
@@ -26,9 +27,14 @@ def differences(bundle: Bundle) -> Iterator[tuple[str, str]]:
     """Place and description of what differs: weights first, then nodes in the order of the graph, then bodies.
 
     Raises:
-        BundleError: the weights cannot be read.
+        BundleError: the graph or the weights cannot be read.
     """
-    stored = onnx.load(bundle.model_path, load_external_data=False)
+    try:
+        stored = onnx.load(bundle.model_path, load_external_data=False)
+    except Exception as err:  # that of damaged files has no base but Exception
+        raise BundleError(
+            f"cannot read {bundle.model_path}: {err}. Copy the bundle again, or export it again."
+        ) from err
     weights = bundle.dense_weights()
     held = {tensor.name: tensor for tensor in stored.graph.initializer}
     for key, weight in weights.items():

@@ -36,6 +36,7 @@ from dlrm_deploy.tensors.window import Window
 
 _MAX_DEPTH = 100
 _MAX_NAME = 1000
+_CRC_BYTES = 1 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 
@@ -141,8 +142,8 @@ class TorchFile(TensorStore):
             part = Window(file, self._start, self._size)
             for record in self._records:
                 crc = 0
-                for first in range(0, record.size, BLOCK_BYTES):
-                    piece = part.read_at(record.start + first, min(BLOCK_BYTES, record.size - first))
+                for first in range(0, record.size, _CRC_BYTES):
+                    piece = part.read_at(record.start + first, min(_CRC_BYTES, record.size - first))
                     crc = zlib.crc32(piece, crc)
                 if crc != record.crc:
                     raise CheckpointError(

@@ -98,7 +98,7 @@ def build_plan(
         )
     config = bundle.config
     table_inputs = tables == "input" or (tables == "auto" and config.table_bytes > CONSTANT_TABLE_BYTES)
-    bag = None if config.pooling_factors else max_bag or max(feature.longest_bag for feature in config.features)
+    bag = None if config.pooling_factors else max_bag or _longest_bag(bundle)
     profile = make_profile(config, max_batch, bag)
     model = _write_graph(bundle, engine, precision, bag, table_inputs)
     with tempfile.TemporaryDirectory(prefix="dlrm-deploy-build-") as name:
@@ -131,6 +131,12 @@ def build_plan(
             executed=False,
         )
         return BuiltPlan(_store(bundle, plan, stem, sidecar), sidecar)
+
+
+def _longest_bag(bundle: Bundle) -> int:
+    """Ids in the longest bag to expect: what the model says, or more where the golden batch holds more."""
+    expected = max(feature.longest_bag for feature in bundle.config.features)
+    return max(expected, int(np.diff(bundle.golden().batch.offsets).max(initial=0)))
 
 
 def make_profile(config: ModelConfig, max_batch: int, max_bag: int | None) -> Profile:

@@ -85,6 +85,10 @@ class TensorRTEngine(Engine):
                 f"replace the plan. {self._rebuild}"
             )
 
+    @property
+    def most_ids(self) -> int | None:
+        return self.sidecar.max_bag
+
     def _run(self, batch: Batch) -> npt.NDArray[np.float32]:
         if batch.batch_size == 0:
             return np.zeros(0, np.float32)

@@ -382,8 +382,8 @@ def refuse_sparse(path: Path, names: Iterable[str], wanted: Callable[[str], obje
     bases = (name.removesuffix(".indices") for name in sorted(names) if name.endswith(".indices"))
     if sparse := [base for base in bases if f"{base}.values" in names and wanted(base)]:
         raise CheckpointError(
-            f"{path}: {listed(sparse)} {'is a sparse tensor' if len(sparse) == 1 else 'are sparse tensors'}, which are "
-            "not read here. Save the state_dict with each as tensor.to_dense()."
+            f"{path}: {listed(sparse)} {'is' if len(sparse) == 1 else 'are'} sparse, and sparse tensors are not read "
+            "here. Make them dense, with tensor.to_dense(), and save the state_dict again."
         )
 
 

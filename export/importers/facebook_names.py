@@ -102,7 +102,8 @@ def _tables(store: TensorStore, found: dict[str, str]) -> tuple[Table, ...]:
         some = f"{len(keys)} table{'s' if len(keys) > 1 else ''}, {listed(f'emb_l.{i}' for i in sorted(keys))}"
         seen = f"{some}, but not {listed(missing)}" if keys else "no tables"
         raise CheckpointError(
-            f"{store.path} holds {seen}. Put all tables into one state_dict, numbered from 0 in the order of the features."
+            f"{store.path} holds {seen}. Put all tables into one state_dict, numbered from 0 in the order of the "
+            "features."
         )
     for i in sorted(keys):
         if set(keys[i]) not in _TABLE_KINDS:

@@ -278,7 +278,8 @@ def test_a_saved_batch_is_compared_alone_and_not_recorded(run, skewed, tmp_path)
     np.savez(tmp_path / "one.npz", dense=batch.dense, indices=batch.indices, offsets=batch.offsets)
     result = run(skewed.path, "--engine", "onnxruntime-stock", "--batch-file", tmp_path / "one.npz", "--json")
     assert result.exit_code == 1
-    (case,) = json.loads(result.stdout)["cases"]
+    case, *stored = json.loads(result.stdout)["cases"]
+    assert [(one["case"], one["passed"]) for one in stored] == [(check.STORED, True), (check.GRAPH, True)]
     assert (case["case"], case["rows"], case["passed"]) == ("the batch given", 3, False)
     assert Bundle.open(skewed.path).manifest.parity == {}
 
@@ -306,8 +307,8 @@ def test_bisect_names_the_stage_and_saves_a_sample_that_shows_it_again(run, bund
     assert result.exit_code == 1
     assert "ALTERED" in result.stderr
     assert "model.onnx" in result.stderr
-    assert "also departs: top MLP, layer 0: sample" in result.stdout
-    assert f"BISECT  first departure: weight {bias.name}: the graph holds zeros (1 more)" in result.stdout
+    assert f"stored: weight {bias.name}: the graph holds zeros" in result.stdout
+    assert "BISECT  first departure: top MLP, layer 0: sample" in result.stdout
     assert "onnxruntime-stock" not in json.loads((bundle.path / "manifest.json").read_text())["parity"]
     saved = ("--batch-file", tmp_path / "w.npz", "--bisect", "--save", tmp_path / "again.npz")
     again = run(bundle.path, "--engine", "onnxruntime-stock", *saved, "--json")

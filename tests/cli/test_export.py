@@ -1,7 +1,9 @@
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +190,44 @@ def test_a_truncated_checkpoint_leaves_nothing(share, tmp_path):
     assert result.exit_code == 3
     assert result.output.startswith("Error: ")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_flipped_bit_in_a_table_leaves_nothing_unless_checksums_are_not_compared(tmp_path):
+    path = tmp_path / "model.pt"
+    content = bytearray((GOLDEN / "plain-dot.pt").read_bytes())
+    table = torch.load(GOLDEN / "plain-dot.pt", weights_only=False)["state_dict"]["emb_l.1.weight"]
+    content[content.index(table.numpy().tobytes()) + 1] ^= 1
+    path.write_bytes(content)
+    result = run(path, "--out", tmp_path / "bundle")
+    assert result.exit_code == 3
+    assert "which holds state_dict.emb_l.1.weight, was altered" in result.output
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
+    assert run(path, "--no-crc", "--out", tmp_path / "bundle").exit_code == 0
+
+
+def test_ignored_tensors_are_listed_in_every_output(tmp_path):
+    content = torch.load(GOLDEN / "plain-dot.pt", weights_only=False)
+    content["state_dict"]["gate.weight"] = torch.ones(1)
+    torch.save(content, tmp_path / "model.pt")
+    result = run(tmp_path / "model.pt", "--allow-unknown", "--out", tmp_path / "a")
+    assert "  ignored tensors: state_dict.gate.weight\n" in result.stdout
+    result = run(tmp_path / "model.pt", "--allow-unknown", "--json", "--out", tmp_path / "b")
+    ignored = {"count": 1, "names": ["state_dict.gate.weight"]}
+    assert json.loads(result.stdout)["ignored"] == ignored
+    assert Bundle.open(tmp_path / "b").manifest.provenance["ignored_tensors"] == ignored
+
+
+def test_a_full_disk_is_told_in_units_that_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1200))
+    result = run(GOLDEN / "plain-dot.pt", "--out", tmp_path / "bundle")
+    assert result.exit_code == 3
+    assert re.search(r"the tables need \d+\.\d kB, and .* has 1\.2 kB free", result.output)
+
+
+def test_a_small_bundle_of_one_table_is_told_so(tmp_path):
+    path = Path(__file__).parents[1] / "golden" / "torchrec" / "single-table.pt"
+    result = run(path, "--out", tmp_path / "bundle")
+    assert re.search(r": imported, 1 table, \d+\.\d kB\.", result.stdout), result.output
 
 
 def test_a_checkpoint_with_a_record_missing_leaves_nothing(tmp_path):

@@ -65,7 +65,7 @@ def test_every_kind_of_table_and_interaction_scores_as_pytorch_does(kind):
             model.weight(key).copy_(torch.from_numpy(weight))
     graph = Graph(config, dense, tables)
     rng = np.random.default_rng(0)
-    for name, batch in {**parity_batches(config, rng), "random": random_batch(config, 37, rng)}.items():
+    for name, batch in {**parity_batches(config, rng, MAX_BAG), "random": random_batch(config, 37, rng)}.items():
         # Rows of size 1 make products of size 10 to 100 in the interaction, so logits are exact to some 1e-5.
         np.testing.assert_allclose(graph.score(batch), model.predict(batch), rtol=0, atol=1e-5, err_msg=name)
 

@@ -86,7 +86,7 @@ def test_a_float64_value_beyond_float32_is_refused(tmp_path):
     tensor = MODEL.state["emb_l.2.weight"].double()
     tensor[7, 0] = 1e39
     source = opened(MODEL.save(tmp_path / "model.pt", emb_l_2_weight=tensor))
-    with pytest.raises(CheckpointError, match="inf at row 7, column 0"):
+    with pytest.raises(CheckpointError, match=r"do not fit float32.*: 1e\+39 at row 7, column 0 .* 1 of the 32 .*3.4e"):
         export_bundle(source, tmp_path / "bundle")
 
 
@@ -112,6 +112,34 @@ def test_every_option_can_be_written_into_the_manifest(path, tmp_path):
         "allow_unknown": True,
         "golden": "golden.npz",
     }
+
+
+def test_tensors_that_were_ignored_are_listed(tmp_path):
+    gates = {f"gate.{i}": torch.ones(1) for i in range(25)}
+    torch.save({"state_dict": {**MODEL.state, **gates}}, tmp_path / "model.pt")
+    source = opened(tmp_path / "model.pt", allow_unknown=True)
+    facts = source.provenance()["ignored_tensors"]
+    assert facts["count"] == 25
+    assert len(facts["names"]) == 20
+    assert facts["names"][0] == "state_dict.gate.0"
+    assert source.summary()[-1].startswith("ignored tensors: state_dict.gate.0, state_dict.gate.1, ")
+    assert source.summary()[-1].endswith("state_dict.gate.19, ... (25 in all)")
+    plain_source = opened(MODEL.save(tmp_path / "plain.pt"), allow_unknown=True)
+    assert "ignored_tensors" not in plain_source.provenance()
+    assert "ignored" not in "".join(plain_source.summary())
+
+
+def test_a_sparse_table_is_called_sparse(tmp_path):
+    path = MODEL.save(tmp_path / "model.pt", emb_l_0_weight=MODEL.state["emb_l.0.weight"].to_sparse())
+    for options in ({}, {"allow_unknown": True}):
+        with pytest.raises(CheckpointError, match=r"emb_l\.0\.weight is sparse.*to_dense"):
+            opened(path, **options)
+
+
+def test_a_file_without_tables_is_said_to_hold_none(tmp_path):
+    path = MODEL.save(tmp_path / "model.pt", **{f"emb_l_{i}_weight": None for i in range(3)})
+    with pytest.raises(CheckpointError, match=r"model\.pt holds no tables\. Put all tables into one"):
+        opened(path)
 
 
 # Golden files

@@ -217,10 +217,10 @@ def test_without_metadata_the_order_is_asked_for_and_the_answer_is_right(tmp_pat
     folder = model.write(tmp_path / "in")
     (folder / "metadata.pt").unlink()
     with pytest.raises(
-        ConfigError, match=r"does not say the device mapping.*--features with cat_0, cat_1, cat_2, cat_3"
+        ConfigError, match=r"lacks metadata\.pt.*Copy metadata\.pt too.*--features with cat_0, cat_1, cat_2, cat_3"
     ):
         open_nvidia(folder)
-    with pytest.raises(ConfigError, match=r"does not say the device mapping"):
+    with pytest.raises(ConfigError, match=r"lacks metadata\.pt, which says the device mapping"):
         open_nvidia(folder, features=("a", "b", "c", "d"))
     source = open_nvidia(folder, features=("cat_1", "cat_3", "cat_0", "cat_2"))
     assert [feature.name for feature in source.config.features] == ["cat_0", "cat_1", "cat_2", "cat_3"]
@@ -440,3 +440,20 @@ def test_a_folder_is_read_in_less_memory_than_its_largest_table_takes(tmp_path):
     read, grown = memory_of_reading(*paths)
     assert read == (rows + 7) * width * 4
     assert grown < 3.5 * BLOCK_BYTES
+
+
+def test_a_flipped_bit_in_a_weight_is_refused_unless_checksums_are_not_compared(tmp_path):
+    folder = Model().write(tmp_path / "in")
+    file = folder / "top_model.out.pt"
+    weight = torch.load(file, weights_only=True)["weight"].numpy().tobytes()
+    content = bytearray(file.read_bytes())
+    content[content.index(weight)] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"top_model\.out\.pt: its record .*, which holds weight, was altered"):
+        open_nvidia(folder)
+    assert open_nvidia(folder, no_crc=True).provenance()["options"] == {"no_crc": True}
+
+
+def test_a_summary_gives_hashed_sizes_by_feature(tmp_path):
+    source = open_nvidia(Model(rows=(30, 100, 7, 50), hash_indices=True).write(tmp_path / "in"))
+    assert "ids modulo 30 (cat_0), 100 (cat_1), 7 (cat_2), 50 (cat_3)" in "\n".join(source.summary())

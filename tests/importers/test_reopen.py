@@ -27,6 +27,15 @@ def with_unknown_tensors(folder):
     return folder / "gated.pt", ["--allow-unknown"]
 
 
+def without_checksums(folder):
+    whole = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        return MODEL.save(folder / "model.pt"), ["--no-crc"]
+    finally:
+        torch.serialization.set_crc32_options(whole)
+
+
 def without_metadata(folder):
     path = folder / "nvidia"
     path.mkdir()
@@ -78,6 +87,7 @@ def golden_file(folder):
 
 CASES = [
     with_unknown_tensors,
+    without_checksums,
     without_metadata,
     without_an_order,
     quotient_remainder,
@@ -107,6 +117,13 @@ def test_check_needs_none_of_the_options_of_the_export(make, tmp_path):
     result = check(bundle.path, path)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["passed"]
+
+
+def test_a_file_without_checksums_needs_its_option(tmp_path):
+    path, _ = without_checksums(tmp_path)
+    result = CliRunner().invoke(cli, ["export", str(path), "--out", str(tmp_path / "bundle")])
+    assert result.exit_code == 3
+    assert "export it with --no-crc" in result.output
 
 
 def test_an_order_that_the_export_was_told_is_compared_with(tmp_path):

@@ -402,6 +402,17 @@ def test_two_models_in_one_file_are_refused_by_name(tmp_path):
     refused(tmp_path, content, r"holds 2 models: model\.sparse_arch, average\.sparse_arch")
 
 
+def test_two_tables_that_get_one_name_are_refused_by_their_own(tmp_path):
+    state = changed(f"{BAGS}us er.weight", torch.zeros(3, 6)) | {f"{BAGS}us_er.weight": torch.zeros(3, 6)}
+    refused(tmp_path, state, r"two tables become us_er here: .*\.us er\.weight and .*\.us_er\.weight\. .*another name")
+
+
+def test_a_sparse_table_is_called_sparse(tmp_path):
+    state = make(TABLES)
+    key = next(key for key in state if key.startswith(BAGS))
+    refused(tmp_path, state | {key: state[key].to_sparse()}, rf"{re.escape(key)} is sparse.*to_dense")
+
+
 def test_unknown_tensors_of_the_model_are_refused_unless_allowed(tmp_path):
     state = changed("wide_arch.weight", torch.zeros(3))
     refused(tmp_path, state, r"no model of pytorch/torchrec has wide_arch\.weight")

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from bundles import CONFIGS
 
+from dlrm_deploy.batch_file import read_batch
 from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.errors import DataError
-from dlrm_deploy.batch_file import read_batch
 
 FIELDS = ("dense", "indices", "offsets", "weights")
 

@@ -28,10 +28,10 @@ def test_bags_are_what_their_names_say():
     lengths = {name: lengths_of(config, batch) for name, batch in batches.items()}
     assert (lengths["all bags empty"] == 0).all()
     assert (lengths["one id per bag"] == 1).all()
-    assert (lengths["longest bags"] == 8).all()  # the model says 5, which is no limit
+    assert (lengths["longest bags"] == 5).all()
     assert (lengths["bags of 300 ids"][:, 1] == 300).all()
     assert (lengths["uneven bags"][:, 0] == 0).all()
-    assert (lengths["uneven bags"][:, -1] == 8).all()
+    assert (lengths["uneven bags"][:, -1] == 5).all()
     repeated = batches["one id repeated"]
     assert all(np.unique(bag).size == 1 for bag in np.split(repeated.indices, repeated.offsets[1:-1]))
     edges = batches["first and last rows"].indices.reshape(len(config.features), -1)

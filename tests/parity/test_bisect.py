@@ -11,6 +11,7 @@ from bundles import CONFIGS, make_bundle
 from onnx import helper, numpy_helper
 
 from dlrm_deploy.batch import Batch
+from dlrm_deploy.batch_file import read_batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.data.random import random_batch, with_longer_bags
 from dlrm_deploy.engines.ort import StockOnnxRuntimeEngine
@@ -21,7 +22,6 @@ from dlrm_deploy.files import sha256_file
 from dlrm_deploy.model.keys import bottom_keys, top_keys
 from dlrm_deploy.parity import bisect as bisect_module
 from dlrm_deploy.parity import stages
-from dlrm_deploy.batch_file import read_batch
 from dlrm_deploy.parity.bisect import bisect, save_reproducer
 from dlrm_deploy.parity.check import check_parity
 
@@ -119,9 +119,9 @@ def test_a_planted_error_fails_the_check_and_is_found_at_its_stage(planted, engi
     assert not report.passed
     batch = random_batch(bundle.config, 64, np.random.default_rng(0))
     found = bisect(bundle, engine, batch, threads=1)
-    moving = [departure for departure in found.departures if not departure.stage.startswith("weight")]
-    assert moving[0].stage == stage
-    assert len(moving) == 1  # stages behind it give what they should for what they got
+    moving = [departure for departure in found.departures if departure.batch is not None]
+    assert found.first.stage == stage
+    assert len(moving) == (planted != "wrong_row")  # stages behind it give what they should for what they got
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -159,9 +159,9 @@ def test_the_worst_sample_is_saved_and_shows_the_error_again(square_bundle, tmp_
 def test_a_changed_weight_is_described(change, detail, square_bundle):
     key = top_keys(square_bundle.config)[1][0]
     change_weight(square_bundle, key, lambda weight: change(weight).astype(np.float32))
-    first = bisect(rehash(square_bundle), "onnxruntime-stock", random_batch(SQUARE, 8, np.random.default_rng(0))).first
-    assert first.stage == f"weight {key}"
-    assert detail in first.detail
+    found = bisect(rehash(square_bundle), "onnxruntime-stock", random_batch(SQUARE, 8, np.random.default_rng(0)))
+    assert [one.stage for one in found.departures] == [f"weight {key}", "top MLP, layer 1"]
+    assert detail in found.departures[0].detail
 
 
 def test_a_value_that_is_not_a_number_departs(square_bundle):
@@ -238,10 +238,25 @@ def test_a_planted_error_is_found_among_tiny_values_and_in_long_bags(tmp_path, m
     zeroed_bag(bundle)
     monkeypatch.setattr(bisect_module, "SLICE_VALUES", 1000)
     monkeypatch.setattr(stages, "BLOCK_VALUES", 64)
-    batch = random_batch(with_longer_bags(SQUARE, 400), 8, np.random.default_rng(0))
+    undeclared = replace(SQUARE, features=tuple(replace(feature, max_ids=None) for feature in SQUARE.features))
+    batch = random_batch(with_longer_bags(undeclared, 400), 8, np.random.default_rng(0))
     assert batch.rows(0, 1).indices.size * 8 > 1000
     report = bisect(rehash(bundle), "onnxruntime-stock", batch)
-    assert [departure.stage for departure in report.departures] == ["feature b, table t_b"]
+    moving = [departure.stage for departure in report.departures if departure.batch is not None]
+    assert moving == ["feature b, table t_b"]
+
+
+def test_a_stage_that_the_engine_cannot_compute_is_named(square_bundle):
+    places = np.array([*range(11), 99])  # one beyond the layer's 12 values
+
+    def nodes(true, given):
+        return [constant("places", places), helper.make_node("Gather", [true, "places"], [given], axis=1)]
+
+    put_behind(square_bundle, "top_0", nodes)
+    batch = random_batch(SQUARE, 8, np.random.default_rng(0))
+    first = bisect(rehash(square_bundle), "onnxruntime-stock", batch).first
+    assert first.stage == "top MLP, layer 0"
+    assert "ONNX Runtime cannot show" in first.detail
 
 
 def test_a_sum_that_no_float32_bound_holds_for_has_an_infinite_one():

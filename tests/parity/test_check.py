@@ -85,7 +85,7 @@ def test_a_32_bit_graph_passes_with_ids_of_both_types(tmp_path):
 def test_a_fault_in_long_bags_is_found_where_it_is(bundle, faulty):
     def fault(predict, batch):
         result = predict(batch)
-        if batch.batch_size and (np.diff(batch.offsets) == 8).all():
+        if batch.batch_size and (np.diff(batch.offsets) == 5).all():
             result[2] += np.float32(1e-4)
         return result
 
@@ -118,6 +118,7 @@ def test_nan_fails_and_the_record_stays_valid_json(bundle, faulty):
         "0 random samples",
         "1 random samples",
         check.STORED,
+        check.GRAPH,
     }
     record = json.loads(json.dumps(report.record(), allow_nan=False))
     assert record["passed"] is False
@@ -165,7 +166,22 @@ def test_a_refusal_in_other_words_fails(bundle, faulty):
     assert "refused with another message: bad id" in report.cases[1].problem
 
 
-def test_an_engine_that_cannot_execute_is_an_error_not_a_failure(bundle, faulty):
+def test_a_graph_that_the_engine_cannot_compute_fails(bundle, faulty):
+    def fault(predict, batch):
+        raise EngineError("GEMM: Dimension mismatch")
+
+    faulty(fault)
+    report = check_parity(bundle, "onnxruntime", sizes=(2,))
+    assert not report.passed
+    assert {case.problem for case in report.cases if case.name in ("golden batch", "2 random samples")} == {
+        "GEMM: Dimension mismatch"
+    }
+    assert not check_parity(bundle, "onnxruntime", batch=bundle.golden().batch).passed
+
+
+def test_a_plan_that_cannot_be_executed_here_is_an_error_not_a_failure(bundle, faulty, monkeypatch):
+    monkeypatch.setattr(check, "PLAN_ENGINES", ("onnxruntime",))
+
     def fault(predict, batch):
         if batch.batch_size and batch.explain_bad_ids(bundle.config) is None:
             raise EngineError("needs a GPU")
@@ -181,7 +197,12 @@ def test_an_engine_that_cannot_execute_is_an_error_not_a_failure(bundle, faulty)
 def test_without_torch_the_golden_batch_is_compared_and_the_report_says_so(bundle, monkeypatch):
     monkeypatch.setattr(check, "missing_package", lambda name: f"no {name}")
     report = check_parity(bundle, "onnxruntime-stock", threads=1)
-    assert [case.name for case in report.cases] == ["golden batch", "ids out of range: refused", check.STORED]
+    assert [case.name for case in report.cases] == [
+        "golden batch",
+        "ids out of range: refused",
+        check.STORED,
+        check.GRAPH,
+    ]
     assert report.passed
     assert report.limited
     assert "golden batch only, torch is not installed" in report.summary()
@@ -218,11 +239,12 @@ def test_bags_longer_than_the_models_have_a_limit_of_their_own(tmp_path):
 
 def test_a_bundle_without_checksums_has_no_such_case_and_one_that_lost_them_is_damaged(bundle):
     (bundle.path / CHECKSUMS).unlink()
-    (case,) = check.stored_cases(bundle)
+    case, _ = check.stored_cases(bundle)
     assert not case.passed
     assert f"cannot read {bundle.path / CHECKSUMS}" in case.problem
     files = {name: record for name, record in bundle.manifest.files.items() if name != CHECKSUMS}
-    assert check.stored_cases(Bundle(bundle.path, replace(bundle.manifest, files=files))) == ()
+    (other,) = check.stored_cases(Bundle(bundle.path, replace(bundle.manifest, files=files)))
+    assert (other.name, other.passed) == (check.GRAPH, True)
 
 
 def test_every_precision_has_a_limit_that_grows_with_its_rounding_unit(bundle):

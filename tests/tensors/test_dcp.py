@@ -213,3 +213,24 @@ def test_a_box_that_is_a_whole_table_passes_through_in_little_memory(tmp_path):
     total, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert total == 800_000 * 64 * 4
     assert grown < 50_000_000
+
+
+def test_a_flipped_bit_is_found_in_the_piece_that_holds_it(tmp_path):
+    folder = save_boxes(tmp_path / "dcp", TABLE, BOXES["rows"])
+    opened = DcpFolder(folder)
+    opened.verify()
+    (file,) = opened.files()
+    content = bytearray((folder / file).read_bytes())
+    content[content.index(TABLE[3:7].numpy().tobytes())] ^= 1
+    (folder / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{file} is damaged where t is stored: its record .* was altered"):
+        opened.verify()
+
+
+def test_a_missing_file_says_to_copy_those_of_all_processes(tmp_path):
+    opened = DcpFolder(save(tmp_path / "dcp", {"t": TABLE}))
+    (file,) = opened.files()
+    (tmp_path / "dcp" / file).unlink()
+    for read in (opened.verify, lambda: opened.read("t")):
+        with pytest.raises(CheckpointError, match=rf"dcp lacks {file}, which holds t\. .* files of all processes"):
+            read()

@@ -389,3 +389,48 @@ def test_a_table_passes_through_in_little_memory_and_without_torch(tmp_path, dty
     total, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert total == rows * 64 * 4
     assert grown < 80_000_000  # a block of 16 MiB, its float32 form, and what converts it
+
+
+# Checksums
+
+
+def flip(path, values, place=0):
+    """Flip one bit of some values in a file."""
+    content = bytearray(path.read_bytes())
+    content[content.index(values.numpy().tobytes()) + place] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def test_a_flipped_bit_is_found_and_the_tensors_in_its_record_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlrm_deploy.tensors.torch_file._CRC_BYTES", 100)
+    shared = torch.arange(500.0)
+    views = {"a": shared, "b": shared[:3], "c": {"d": TABLE}}
+    opened = TorchFile(save(tmp_path / "x.pt", views))
+    opened.verify()
+    flip(tmp_path / "x.pt", shared, 1999)
+    assert opened.read("a")[499] != 499
+    with pytest.raises(CheckpointError, match=r"x\.pt: its record x/data/0, which holds a, b, was altered.*--no-crc"):
+        opened.verify()
+
+
+def test_a_flipped_bit_in_a_name_is_found(tmp_path):
+    path = save(tmp_path / "x.pt", {"weight_a": TABLE})
+    path.write_bytes(path.read_bytes().replace(b"weight_a", b"weight_c"))
+    with pytest.raises(CheckpointError, match=r"its record x/data\.pkl was altered"):
+        TorchFile(path).verify()
+
+
+def test_a_file_from_before_torch_1_6_carries_no_checksum(tmp_path):
+    opened = TorchFile(flip(save(tmp_path / "x.pt", {"t": TABLE}, zipped=False), TABLE))
+    opened.verify()
+    assert opened.read("t")[0, 0] != 0
+
+
+def test_records_that_overlap_are_not_read_over_and_over(tmp_path):
+    """A small file can say that each of a thousand records is the whole of it."""
+    whole = save(tmp_path / "x.pt", [torch.arange(1000.0) + i for i in range(3)])
+    opened = TorchFile(whole)
+    opened._records = opened._records * 2
+    with pytest.raises(CheckpointError, match="its records overlap"):
+        opened.verify()
