@@ -111,8 +111,15 @@ class StockOnnxRuntimeEngine(Engine):
             model = onnx.load(self.bundle.model_path, load_external_data=False)
             inner = {name for node in model.graph.node for name in node.output}
             names = [name for name in tensors if name in inner]
-            # The only outputs: what comes after the last of them is not computed, and cannot fail.
-            del model.graph.output[:]
+            # Nodes behind them go: ONNX Runtime would compute those too, and they may fail.
+            needed, kept = set(names), []
+            for node in reversed(model.graph.node):
+                if needed.intersection(node.output):
+                    needed.update(node.input)
+                    kept.append(node)
+            nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
+            del model.graph.node[:], model.graph.output[:]
+            model.graph.node.extend(nodes)
             model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
             options = self._options()
             options.add_session_config_entry(

@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dlrm_deploy.batch import Batch
+from dlrm_deploy.batch_file import read_batch
 from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.data.dataset import Dataset
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.errors import BatchError, DataError
 from dlrm_deploy.metrics import Difference, auc, calibration, log_loss, paired_differences
-from dlrm_deploy.parity.batch_file import read_batch
 from dlrm_deploy.parity.compare import FloatArray, OutputParity, compare
 from dlrm_deploy.parity.report import LabelledParity, ParityCase, Quality
 
