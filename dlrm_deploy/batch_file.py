@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dlrm_deploy.batch import Batch
-from dlrm_deploy.errors import BatchError, DataError
+from dlrm_deploy.bundle import read_npz
+from dlrm_deploy.errors import BatchError, BundleError, DataError
 
 Array = npt.NDArray[Any]
 
@@ -33,14 +33,12 @@ def read_batch(path: Path, *, convert: bool = False) -> tuple[Batch, dict[str, A
     Raises:
         DataError: the file cannot be read, lacks an array, or its arrays are no batch. Nothing in it is unpickled.
     """
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"cannot read {path}: it is no .npz file, or was cut. Write it with numpy.savez.")
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no .npz file, or was cut")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    # zipfile says RuntimeError and NotImplementedError of what it takes for encrypted or of another compression.
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as err:
-        raise DataError(f"cannot read {path}: {err}. Write it with numpy.savez.") from err
+        arrays = read_npz(path)
+    except BundleError as err:
+        raise DataError(f"{err} Write it with numpy.savez.") from err
     missing = [name for name in _NEEDED if name not in arrays]
     if missing:
         raise DataError(

@@ -38,9 +38,9 @@ def transformed_dense(n: Nodes, config: ModelConfig) -> str:
     return n.op("Log", n.op("Max", n.op("Add", "dense", shift), n.constant(1.0, np.float32)), output=DENSE_LOG)
 
 
-def mlp(n: Nodes, x: str, layers: Sequence[tuple[str, str]], name: str, first: int = 0) -> str:
+def mlp(n: Nodes, x: str, layers: Sequence[tuple[str, str]], name: str) -> str:
     """Linear layers, each with ReLU behind it; weights by their keys."""
-    for i, (weight, bias) in enumerate(layers, start=first):
+    for i, (weight, bias) in enumerate(layers):
         x = n.op("Relu", n.op("Gemm", x, weight, bias, transB=1), output=mlp_name(name, i))
     return x
 
@@ -96,6 +96,11 @@ def interact(n: Nodes, config: ModelConfig, dense: str, pieces: Sequence[tuple[R
             product = n.op("Gemm", x, kernels[0], transB=1)
             x = n.op("Add", n.op("Mul", x0, product), n.op("Add", x, bias), output=output)
     return x
+
+
+def other_vectors(config: ModelConfig) -> int:
+    """Vectors that meet in interactions dot and fm, beside the first one."""
+    return len(config.features) + (0 if config.has_dense_vector else len(config.dense_features) - 1)
 
 
 def _dot(n: Nodes, config: ModelConfig, dense: str, pieces: list[str], dot: Dot) -> str:

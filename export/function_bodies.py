@@ -218,6 +218,20 @@ def _checked_offsets(n: Nodes, a: BagAttributes) -> str:
     return n.op("Add", offsets, _zero_unless(n, *violations))
 
 
+def bag_of_each_id(n: Nodes, starts: str, ids_count: str) -> str:
+    """[N]: the number of bags that start at or before each id, minus one.
+
+    Args:
+        n: where the nodes go.
+        starts: first id of each bag, int64, rising.
+        ids_count: N, as [1] int64.
+    """
+    places = n.op("Expand", n.constant([0]), n.op("Add", ids_count, n.constant([1])))
+    ones = n.op("Expand", n.constant([1]), n.op("Shape", starts))
+    begun = n.op("CumSum", n.op("ScatterElements", places, starts, ones, axis=0, reduction="add"), n.constant(0))
+    return n.op("Sub", n.op("Slice", begun, n.constant([0]), ids_count), n.constant([1]))
+
+
 def _pool_csr(n: Nodes, a: BagAttributes) -> None:
     """Gather the row of every id [N, D] and add it to its bag with ScatterElements, which runs in index order.
 
@@ -228,12 +242,7 @@ def _pool_csr(n: Nodes, a: BagAttributes) -> None:
     starts, ends = _starts_and_ends(n, _checked_offsets(n, a))
     batch = n.op("Div", n.op("Shape", starts), n.constant([a.num_features]))
 
-    # Bag of each id: the number of bags that start at or before it, minus one.
-    ids_count = n.op("Shape", ids)
-    places = n.op("Expand", n.constant([0]), n.op("Add", ids_count, n.constant([1])))
-    ones = n.op("Expand", n.constant([1]), n.op("Shape", starts))
-    begun = n.op("CumSum", n.op("ScatterElements", places, starts, ones, axis=0, reduction="add"), n.constant(0))
-    bag = n.op("Sub", n.op("Slice", begun, n.constant([0]), ids_count), n.constant([1]))
+    bag = bag_of_each_id(n, starts, n.op("Shape", ids))
     # ONNX Runtime refuses a division by zero even of no elements at all.
     feature = n.op("Div", bag, n.op("Max", batch, n.constant([1])))
 

@@ -20,12 +20,13 @@ from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.export.blocks import (
     interact,
     mlp,
+    other_vectors,
     path_mlps,
     score,
     transformed_dense,
     vectors,
 )
-from dlrm_deploy.export.function_bodies import dot_interaction_function, embedding_bag_function
+from dlrm_deploy.export.function_bodies import bag_of_each_id, dot_interaction_function, embedding_bag_function
 from dlrm_deploy.export.nodes import DOMAIN, DOMAIN_VERSION, OPSET, Nodes
 from dlrm_deploy.model.keys import bottom_keys
 from dlrm_deploy.model.stage_names import path_name, pooled_name
@@ -81,10 +82,9 @@ def write_model(
         functions += bodies
     dense_values = transformed_dense(n, config)
     x = mlp(n, dense_values, bottom_keys(config), "bottom") if config.dense_features else ""
-    vectors_needed = len(config.features) + (0 if config.bottom_mlp else len(config.dense_features) - 1)
 
     def dot(first: str, others: str, output: str | None) -> str:
-        functions.append(dot_interaction_function(vectors_needed, config.self_interaction))
+        functions.append(dot_interaction_function(other_vectors(config), config.self_interaction))
         flag = int(config.self_interaction)
         return n.op("DotInteraction", first, others, output=output, domain=DOMAIN, self_interaction=flag)
 
@@ -160,12 +160,8 @@ def _path(
         x = n.op("Reshape", x, n.op("Concat", batch, n.constant([factors[feature], table.width]), axis=0), allowzero=1)
         x = n.op("ReduceMean" if mean else "ReduceSum", x, n.constant([1]), keepdims=1, output=path_name(name))
         return x, bodies
-    # Bag of each id: the number of bags that start at or before it, minus one.
     starts = n.op("Sub", n.op("Slice", bounds, n.constant([0]), batch), start)
-    places = n.op("Expand", n.constant([0]), n.op("Add", n.op("Shape", ids), n.constant([1])))
-    ones = n.op("Expand", n.constant([1]), n.op("Shape", starts))
-    begun = n.op("CumSum", n.op("ScatterElements", places, starts, ones, axis=0, reduction="add"), n.constant(0))
-    bag = n.op("Sub", n.op("Slice", begun, n.constant([0]), n.op("Shape", ids)), n.constant([1]))
+    bag = bag_of_each_id(n, starts, n.op("Shape", ids))
     target = n.op("Expand", n.op("Unsqueeze", bag, n.constant([1])), n.op("Shape", x))
     zeros = n.op("Expand", n.constant(0.0, np.float32), n.op("Concat", batch, n.constant([table.width]), axis=0))
     x = n.op("ScatterElements", zeros, target, x, axis=0, reduction="add")

@@ -25,6 +25,7 @@ from dlrm_deploy.errors import EngineError
 from dlrm_deploy.export.blocks import (
     interact,
     mlp,
+    other_vectors,
     path_mlps,
     score,
     transformed_dense,
@@ -95,10 +96,9 @@ def write_tensorrt_model(
     dense_values = transformed_dense(n, config)
     x = mlp(n, _cast(n, dense_values, precision), bottom_keys(config), "bottom") if config.dense_features else ""
     cast = [_cast(n, output, precision) if count else output for output, count in zip(pooled, slots, strict=True)]
-    vectors_needed = len(config.features) + (0 if config.bottom_mlp else len(config.dense_features) - 1)
 
     def dot(first: str, others: str, output: str | None) -> str:
-        return dot_interaction(n, first, others, vectors_needed, config.self_interaction, output)
+        return dot_interaction(n, first, others, other_vectors(config), config.self_interaction, output)
 
     def to_fp32(name: str) -> str:
         return name if precision == "fp32" else n.op("Cast", name, to=TensorProto.FLOAT)
