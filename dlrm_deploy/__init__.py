@@ -24,7 +24,13 @@ __all__ = ["Batch", "DlrmDeployError", "get_library_path", "load"]
 
 
 def load(
-    bundle: str | Path, engine: str = "onnxruntime", threads: int | None = None, *, require_parity: bool = False
+    bundle: str | Path,
+    engine: str = "onnxruntime",
+    threads: int | None = None,
+    *,
+    prefault: bool = False,
+    huge_pages: bool = False,
+    require_parity: bool = False,
 ) -> Engine:
     """Open a bundle with an engine.
 
@@ -35,6 +41,9 @@ def load(
         bundle: folder written by `dlrm-deploy export`.
         engine: "onnxruntime" (our kernels), "onnxruntime-stock", "torch", "tensorrt-rtx" or "tensorrt".
         threads: CPU threads; None for one per core.
+        prefault: bring the tables into memory now, whole, so that the first batches wait for no page (docs/serving.md).
+            For the two ONNX Runtime engines.
+        huge_pages: copy the tables into memory that may have huge pages. For the two ONNX Runtime engines.
         require_parity: refuse an engine that has not passed `dlrm-deploy check` on these files.
 
     Returns:
@@ -47,7 +56,14 @@ def load(
     from dlrm_deploy.bundle import Bundle
     from dlrm_deploy.engines.registry import open_engine
 
-    return open_engine(Bundle.open(bundle), engine, threads=threads, require_parity=require_parity)
+    return open_engine(
+        Bundle.open(bundle),
+        engine,
+        threads=threads,
+        prefault=prefault,
+        huge_pages=huge_pages,
+        require_parity=require_parity,
+    )
 
 
 def get_library_path() -> str:

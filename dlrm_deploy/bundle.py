@@ -10,10 +10,10 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,14 @@ from dlrm_deploy.batch import Batch
 from dlrm_deploy.config import ModelConfig, from_mapping
 from dlrm_deploy.errors import BundleError, ConfigError, DlrmDeployError
 from dlrm_deploy.files import atomic_file, file_damage, locked, output_errors, sha256_file
+from dlrm_deploy.formats import ROW_FORMATS, GroupLayout, RowFormat, stored_columns, stored_dtype
+from dlrm_deploy.tables import TablePart
 
 FORMAT = "dlrm-deploy bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 knows float32 only: its table groups say `dtype`, and all of its tables are fp32."""
+
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DENSE = "dense.npz"
@@ -33,6 +38,12 @@ REFERENCE = "torch"
 """The engine that parity is measured against."""
 
 Verify = Literal["auto", "full", "none"]
+
+MlpPrecision = Literal["fp32", "bf16"]
+MLP_PRECISIONS: tuple[MlpPrecision, ...] = get_args(MlpPrecision)
+
+MIXED = "auto-mixed"
+"""`precision["tables"]` where the format was chosen table by table, and they are not all in one."""
 
 # A full hash of 2 GB takes longer than the rest of loading: `verify="auto"` hashes files up to this size and
 # compares the sizes of larger ones. `inspect`, `check` and `verify="full"` hash everything.
@@ -58,13 +69,17 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableGroupRecord:
-    """One external-data file: the float32 matrix [rows, width] of a table group."""
+    """One external-data file: the rows of a table group that are stored in one format (`dlrm_deploy.formats`)."""
 
     name: str
+    """Of the group."""
+
     file: str
     rows: int
     width: int
-    dtype: str
+    """Values of a row, whatever bytes they take."""
+
+    format: RowFormat = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,14 +104,32 @@ class Manifest:
 
     opset: int
     precision: dict[str, str]
-    """Stored number formats: tables and mlp."""
+    """Number formats: `tables` is a row format or `MIXED`, `mlp` one of `MLP_PRECISIONS`."""
 
     table_groups: tuple[TableGroupRecord, ...]
+    """Each matrix: groups in the order of the model, the formats of a group in the order of `ROW_FORMATS`."""
+
     files: dict[str, FileRecord]
     provenance: dict[str, Any]
     plans: tuple[PlanRecord, ...] = ()
     parity: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Latest parity record of each engine."""
+
+    table_formats: dict[str, RowFormat] = field(default_factory=dict)
+    """Row format of each table part that is not fp32."""
+
+    accuracy: dict[str, Any] = field(default_factory=dict)
+    """Of a converted bundle: errors of its tables, and the comparison with the fp32 model."""
+
+    @property
+    def layouts(self) -> tuple[GroupLayout, ...]:
+        """How each table group of the model is stored."""
+        return tuple(GroupLayout.of(group, self.table_formats) for group in self.model.groups)
+
+    @property
+    def mlp_precision(self) -> MlpPrecision:
+        """Number format of the MLPs' weights and activations."""
+        return "bf16" if self.precision["mlp"] == "bf16" else "fp32"
 
     def files_digest(self, engine: str) -> str:
         """SHA-256 over the hashes of the files that the scores of an engine follow from: model, weights, its own plan.
@@ -131,9 +164,9 @@ class Manifest:
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise BundleError(f"{where} is not the manifest of a dlrm-deploy bundle.")
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise BundleError(
-                f"{where} is of format version {version}, and this dlrm-deploy reads version {FORMAT_VERSION}. "
+                f"{where} is of format version {version}, and this dlrm-deploy reads versions up to {FORMAT_VERSION}. "
                 "Install a release that reads it, or export the bundle again."
             )
         try:
@@ -143,7 +176,8 @@ class Manifest:
             values["inputs"] = tuple(replace(s, shape=tuple(s.shape)) for s in values["inputs"])
             values["outputs"] = tuple(replace(s, shape=tuple(s.shape)) for s in values["outputs"])
             values["table_groups"] = tuple(
-                from_mapping(TableGroupRecord, v, f"{where}, table_groups") for v in values.get("table_groups", ())
+                from_mapping(TableGroupRecord, _without_dtype(v, version), f"{where}, table_groups")
+                for v in values.get("table_groups", ())
             )
             values["files"] = {
                 name: from_mapping(FileRecord, v, f"{where}, files") for name, v in values.get("files", {}).items()
@@ -160,8 +194,10 @@ class Manifest:
             raise BundleError(f"{where} is damaged: indices are {self.index_dtype}. Export the bundle again.")
         for record in (*self.files.values(), *self.plans, *self.table_groups, *self.inputs, *self.outputs):
             _check_types(record, where)
-        if not all(isinstance(record, dict) for record in self.parity.values()):
-            raise BundleError(f"{where} is damaged: a parity record is no object. Export the bundle again.")
+        for name, records in (("a parity", self.parity.values()), ("the accuracy", [self.accuracy])):
+            if not all(isinstance(record, dict) for record in records):
+                raise BundleError(f"{where} is damaged: {name} record is no object. Export the bundle again.")
+        self._check_precision(where)
         for name in self.files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
@@ -175,17 +211,50 @@ class Manifest:
             raise BundleError(
                 f"{where} is damaged: it lists no hash for {', '.join(missing)}. Export the bundle again."
             )
-        if len(self.table_groups) != len(self.model.groups):
+        matrices = [
+            (group, matrix)
+            for group, layout in zip(self.model.groups, self.layouts, strict=True)
+            for matrix in layout.matrices
+        ]
+        if len(self.table_groups) != len(matrices):
             raise BundleError(
-                f"{where} is damaged: {len(self.table_groups)} table groups for {len(self.model.groups)}."
+                f"{where} is damaged: {len(self.table_groups)} table groups for {len(matrices)}. Export the bundle "
+                "again."
             )
-        for record, group in zip(self.table_groups, self.model.groups, strict=True):
+        for record, (group, matrix) in zip(self.table_groups, matrices, strict=True):
             size = self.files[record.file].size
-            if (record.rows, record.width, size) != (group.rows, group.width, group.bytes):
+            expected = (group.name, matrix.format, matrix.rows, group.width, matrix.rows * matrix.row_bytes)
+            if (record.name, record.format, record.rows, record.width, size) != expected:
                 raise BundleError(
-                    f"{where} is damaged: {record.file} is listed as {record.rows} x {record.width} in {size} bytes, "
-                    f"but the model needs {group.rows} x {group.width} in {group.bytes} bytes. Export the bundle again."
+                    f"{where} is damaged: {record.file} is listed as {record.rows} x {record.width} of {record.name} "
+                    f"in {record.format} and {size} bytes, but the model needs {matrix.rows} x {group.width} of "
+                    f"{group.name} in {matrix.format} and {expected[-1]} bytes. Export the bundle again."
                 )
+
+    def _check_precision(self, where: str) -> None:
+        """See that the number formats are known ones, and go together."""
+        tables, mlp = self.precision.get("tables"), self.precision.get("mlp")
+        if tables not in (*ROW_FORMATS, MIXED) or mlp not in MLP_PRECISIONS:
+            raise BundleError(
+                f"{where} is damaged: precision is {self.precision}, expected tables of {', '.join(ROW_FORMATS)} or "
+                f"{MIXED}, and mlp of {' or '.join(MLP_PRECISIONS)}. Export the bundle again."
+            )
+        parts = {part.name for group in self.model.groups for part in group.parts}
+        for part, kind in self.table_formats.items():
+            if part not in parts or kind not in ROW_FORMATS or (tables != MIXED and kind not in (tables, "fp32")):
+                raise BundleError(
+                    f"{where} is damaged: table_formats says {kind!r} for {part!r}, in a bundle whose tables are "
+                    f"{tables}. Export the bundle again."
+                )
+
+
+def _without_dtype(record: Any, version: int) -> Any:
+    """A table group as this version writes it."""
+    if version != 1 or not isinstance(record, dict) or "dtype" not in record:
+        return record
+    if record["dtype"] != "float32":
+        raise ValueError(f"a table group is {record['dtype']!r}, and version 1 knows float32 only.")
+    return {key: value for key, value in record.items() if key != "dtype"}
 
 
 def _check_types(record: object, where: str) -> None:
@@ -203,6 +272,8 @@ class Golden:
 
     batch: Batch
     probabilities: npt.NDArray[np.float32]
+    fp32_probabilities: npt.NDArray[np.float32] | None = None
+    """What the fp32 model gave, in a converted bundle, whose own model gave `probabilities`."""
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What `golden.npz` holds."""
@@ -214,6 +285,8 @@ class Golden:
         }
         if self.batch.weights is not None:
             arrays["weights"] = self.batch.weights
+        if self.fp32_probabilities is not None:
+            arrays["fp32_probabilities"] = self.fp32_probabilities
         return arrays
 
     @classmethod
@@ -231,9 +304,11 @@ class Golden:
             raise BundleError(f"{path} is damaged: it holds no {err}.") from err
         except DlrmDeployError as err:
             raise BundleError(f"{path} is damaged: {err}") from err
-        if probabilities.shape != (batch.batch_size,) or probabilities.dtype != np.float32:
-            raise BundleError(f"{path} is damaged: probabilities are {probabilities.dtype} {probabilities.shape}.")
-        return cls(batch, probabilities)
+        unconverted = arrays.get("fp32_probabilities")
+        for values in (probabilities, unconverted):
+            if values is not None and (values.shape != (batch.batch_size,) or values.dtype != np.float32):
+                raise BundleError(f"{path} is damaged: probabilities are {values.dtype} {values.shape}.")
+        return cls(batch, probabilities, unconverted)
 
 
 class Bundle:
@@ -308,12 +383,31 @@ class Bundle:
     def model_path(self) -> Path:
         return self.path / MODEL
 
-    def map_tables(self) -> list[npt.NDArray[np.float32]]:
-        """The matrices [rows, width] of the table groups, in order, mapped read-only from their files."""
-        return [
-            np.memmap(self.path / record.file, np.float32, "r", shape=(record.rows, record.width))
-            for record in self.manifest.table_groups
-        ]
+    def map_tables(self) -> list[npt.NDArray[Any]]:
+        """The stored matrix of each of `Manifest.table_groups`, in order, mapped read-only from its file.
+
+        [rows, width] float32, float16 or, for bf16, uint16; int8 and int4 rows are [rows, row_bytes] uint8.
+        """
+        matrices: list[npt.NDArray[Any]] = []
+        for record in self.manifest.table_groups:
+            shape = (record.rows, stored_columns(record.format, record.width))
+            matrices.append(np.memmap(self.path / record.file, stored_dtype(record.format), "r", shape=shape))
+        return matrices
+
+    def map_groups(self) -> list[dict[RowFormat, npt.NDArray[Any]]]:
+        """The matrices of `map_tables` by format, for each table group of the model."""
+        groups: dict[str, dict[RowFormat, npt.NDArray[Any]]] = {group.name: {} for group in self.config.groups}
+        for record, matrix in zip(self.manifest.table_groups, self.map_tables(), strict=True):
+            groups[record.name][record.format] = matrix
+        return list(groups.values())
+
+    def stored_parts(self) -> Iterator[tuple[TablePart, RowFormat, npt.NDArray[Any]]]:
+        """Each table part, its format and its stored rows, mapped."""
+        layouts = self.manifest.layouts
+        for group, layout, matrices in zip(self.config.groups, layouts, self.map_groups(), strict=True):
+            for part in group.parts:
+                kind, start = layout.place(part.name)
+                yield part, kind, matrices[kind][start : start + part.rows]
 
     def dense_weights(self) -> dict[str, npt.NDArray[np.float32]]:
         """All parameters but the tables, by checkpoint key (`dlrm_deploy.model.keys`)."""
@@ -321,6 +415,10 @@ class Bundle:
 
     def golden(self) -> Golden:
         return Golden.read(self.path / GOLDEN)
+
+    def record_accuracy(self, record: Mapping[str, Any]) -> None:
+        """Add to the accuracy record of a converted bundle in the manifest."""
+        self._update(lambda manifest: replace(manifest, accuracy={**manifest.accuracy, **record}))
 
     def record_parity(self, engine: str, record: dict[str, Any]) -> None:
         """Store the latest parity record of an engine in the manifest."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,8 @@ import numpy.typing as npt
 from dlrm_deploy.bundle import Bundle, read_npz
 
 CHECKSUMS = "checksums.npz"
-"""In a bundle: for each table part a uint32 array, the CRC-32 of each block of rows (float32, little-endian), and for
-each weight of `dense.npz` one of a single value."""
+"""In a bundle: for each table part a uint32 array, the CRC-32 of each block of rows as they are stored, and for each
+weight of `dense.npz` one of a single value."""
 
 BLOCK_ROWS = 1024
 
@@ -28,9 +29,9 @@ class RowChecksums:
         self._crc = 0
         self._rows = 0
 
-    def add(self, rows: npt.NDArray[np.float32]) -> None:
-        """The next rows [n, width]."""
-        rows = np.ascontiguousarray(rows, "<f4")
+    def add(self, rows: npt.NDArray[Any]) -> None:
+        """The next stored rows [n, ...], little-endian."""
+        rows = np.ascontiguousarray(rows)
         start = 0
         while start < len(rows):
             stop = min(len(rows), start + BLOCK_ROWS - self._rows)
@@ -85,17 +86,15 @@ def altered_rows(bundle: Bundle) -> Iterator[tuple[str, int, int]]:
     if not has_checksums(bundle):
         return
     stored = read_npz(bundle.path / CHECKSUMS)
-    for group, matrix in zip(bundle.config.groups, bundle.map_tables(), strict=True):
-        for part in group.parts:
-            rows = matrix[group.rows_of(part.name)]
-            expected = stored.get(part.name, np.zeros(0, np.uint32))
-            actual = [
-                zlib.crc32(np.ascontiguousarray(rows[i : i + BLOCK_ROWS]).data) for i in range(0, len(rows), BLOCK_ROWS)
-            ]
-            if len(expected) != len(actual):
-                yield part.name, 0, part.rows - 1
-                continue
-            different = np.flatnonzero(np.array(actual, np.uint32) != expected)
-            for run in np.split(different, np.flatnonzero(np.diff(different) > 1) + 1):
-                if run.size:
-                    yield part.name, int(run[0]) * BLOCK_ROWS, min((int(run[-1]) + 1) * BLOCK_ROWS, part.rows) - 1
+    for part, _, rows in bundle.stored_parts():
+        expected = stored.get(part.name, np.zeros(0, np.uint32))
+        actual = [
+            zlib.crc32(np.ascontiguousarray(rows[i : i + BLOCK_ROWS]).data) for i in range(0, len(rows), BLOCK_ROWS)
+        ]
+        if len(expected) != len(actual):
+            yield part.name, 0, part.rows - 1
+            continue
+        different = np.flatnonzero(np.array(actual, np.uint32) != expected)
+        for run in np.split(different, np.flatnonzero(np.diff(different) > 1) + 1):
+            if run.size:
+                yield part.name, int(run[0]) * BLOCK_ROWS, min((int(run[-1]) + 1) * BLOCK_ROWS, part.rows) - 1

@@ -165,7 +165,8 @@ def _check(bundle: Bundle, engine: str) -> dict[str, Any]:
 
 def _bench(bundle: Bundle, picture: Path) -> list[dict[str, Any]]:
     from dlrm_deploy.bench.plot import plot
-    from dlrm_deploy.bench.run import BenchSettings, run_bench
+    from dlrm_deploy.bench.run import run_bench
+    from dlrm_deploy.bench.settings import BenchSettings
 
     report = run_bench(bundle, BenchSettings(batch_sizes=BATCH_SIZES))
     plot(report, picture)

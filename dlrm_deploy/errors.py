@@ -27,8 +27,18 @@ class CheckpointError(DlrmDeployError):
     """A checkpoint is missing, damaged, or does not hold the tensors that its model needs."""
 
 
+class FormatError(DlrmDeployError, ValueError):
+    """Values that a row format cannot store, stored rows of another shape than their format, or an unknown format."""
+
+
 class BundleError(DlrmDeployError):
     """A bundle is missing, damaged, altered, or of a version that this release cannot read."""
+
+
+class AccuracyError(DlrmDeployError):
+    """A converted bundle is less accurate than accepted, or an engine does not score what is stored in it."""
+
+    exit_code = 1
 
 
 class OutputError(DlrmDeployError):

@@ -96,6 +96,33 @@ def atomic_folder(out: Path, overwrite: bool = False, marker: str = "manifest.js
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(out: Path, overwrite: bool = False, marker: str = "manifest.json") -> Iterator[Path]:
+    """Yield an empty hidden folder beside `out`, for what is needed to make it; it vanishes when the block ends.
+
+    What a killed process left goes with the next one for the same `out`.
+
+    Args:
+        out: what will be made; see `atomic_folder` for this and the other arguments.
+
+    Raises:
+        OutputError: `out` exists and is not to be replaced, or the place cannot be written.
+    """
+    with output_errors(out):
+        out = out.resolve()
+        place = out.with_name(f"{out.name}.scratch")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(place)
+    _check_free(out, overwrite, marker)
+    partial = _beside(place, "partial")
+    with output_errors(out):
+        partial.mkdir()
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _check_free(out: Path, overwrite: bool, marker: str) -> None:
     if not out.exists() and not out.is_symlink():
         return

@@ -1,7 +1,8 @@
 """Published DLRM architectures by name, to export, bench or train without writing a config.
 
 Sources: facebookresearch/dlrm `bench/` scripts (kaggle, terabyte-10m, mlperf-v1, paper), mlcommons/training
-`recommendation_v2/torchrec_dlrm` (mlperf-v2), harvard-acc/DeepRecSys `models/configs` (rm1, rm2, rm3).
+`recommendation_v2/torchrec_dlrm` (mlperf-v2), harvard-acc/DeepRecSys `models/configs` (rm1, rm2, rm3). Ours, for
+benchmarks: paper-32 (paper with 32 ids in every bag) and rm2-like (many ids, dot interaction).
 Names of Criteo features are TorchRec's: int_0 .. int_12, cat_0 .. cat_25, tables t_cat_0 ...
 """
 
@@ -83,6 +84,14 @@ _PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "paper": lambda: _model(
         "paper", dense=512, rows=[1_000_000] * 8, width=64, pooling_factors=[None] * 8, max_ids=100,
         bottom=(512, 64), top=(1024, 1024, 1024, 1),
+    ),
+    "paper-32": lambda: _model(
+        "paper-32", dense=512, rows=[1_000_000] * 8, width=64, pooling_factors=[32] * 8,
+        bottom=(512, 64), top=(1024, 1024, 1024, 1),
+    ),
+    "rm2-like": lambda: _model(
+        "rm2-like", dense=256, rows=[500_000] * 32, width=64, pooling_factors=[80] * 32,
+        bottom=(128, 64), top=(512, 128, 1),
     ),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 from dlrm_deploy.errors import EngineError
 
@@ -50,7 +51,7 @@ def _last_error() -> str:
 
 
 def kernel_path() -> str:
-    """The kernel path in use, "avx512", "avx2" or "scalar": the fastest, or the one `DLRM_DEPLOY_KERNEL` names.
+    """The kernel path in use, "amx", "avx512", "avx2" or "scalar": the fastest, or the one `DLRM_DEPLOY_KERNEL` names.
 
     Raises:
         EngineError: the variable names a path that this CPU cannot run.
@@ -91,6 +92,15 @@ def calibrate_gather(row_bytes: int, table_bytes: int, threads: int, millisecond
         ctypes.c_int32(threads),
         ctypes.c_double(milliseconds),
     )
+
+
+def calibrate_amx(kind: Literal["bf16", "int8"], threads: int, milliseconds: float) -> float:
+    """Products of AMX tiles from registers, in GFLOP/s (bf16) or GOP/s (int8), two a multiply-add.
+
+    Raises:
+        EngineError: this CPU has no AMX, or the system does not let this process use it.
+    """
+    return _measure(f"dlrm_deploy_calibrate_amx_{kind}", ctypes.c_int32(threads), ctypes.c_double(milliseconds))
 
 
 def _measure(function: str, *arguments: object) -> float:

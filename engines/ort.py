@@ -1,13 +1,17 @@
 """ONNX Runtime engines: with our kernels, and stock, where the function bodies in the model run.
 
-Both read the same `model.onnx`; tables are mapped by ONNX Runtime, not copied.
+Both read the same `model.onnx`, and tables where `table_memory` has them: mapped, or in huge pages.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import tempfile
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +23,13 @@ from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.engine import Engine, with_index_dtype
 from dlrm_deploy.engines.library import kernel_path, library_path
-from dlrm_deploy.errors import BatchError, EngineError, MissingDependencyError
+from dlrm_deploy.engines.ort_stages import stage_graph
+from dlrm_deploy.engines.ort_tables import SessionTables
+from dlrm_deploy.errors import BatchError, DlrmDeployError, EngineError
 
+_KERNEL_VARIABLE = "DLRM_DEPLOY_KERNEL"
+
+_X86 = ("x86_64", "AMD64")
 _FATAL = 4  # errors come back as exceptions; ONNX Runtime need not print them as well
 
 
@@ -30,12 +39,17 @@ class StockOnnxRuntimeEngine(Engine):
     name: ClassVar[str] = "onnxruntime-stock"
     uses_library: ClassVar[bool] = False
 
-    def __init__(self, bundle: Bundle, threads: int, spin: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int, spin: bool = True, *, prefault: bool = False, huge_pages: bool = False
+    ) -> None:
         super().__init__(bundle, threads)
         self._spin = spin
         self._kernel_path = kernel_path() if self.uses_library else ""  # the environment may change later on
+        if self._kernel_path == "scalar" and not os.environ.get(_KERNEL_VARIABLE):
+            _warn_of_scalar_path(platform.machine())
+        self._tables = SessionTables(bundle, prefault=prefault, huge_pages=huge_pages)
         self._session = self._open()
-        self._stages: tuple[tuple[str, ...], list[str], ort.InferenceSession] | None = None
+        self._stages: tuple[tuple[str, ...], list[str], ort.InferenceSession | None] | None = None
         self._index_dtype = bundle.manifest.index_dtype
         self._takes_offsets = any(spec.name == "offsets" for spec in bundle.manifest.inputs)
 
@@ -43,6 +57,7 @@ class StockOnnxRuntimeEngine(Engine):
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _FATAL
+        self._tables.add_to(options)
         if not self._spin:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.uses_library:
@@ -91,51 +106,34 @@ class StockOnnxRuntimeEngine(Engine):
             self._stages = None  # the earlier session goes before the next one comes
             self._stages = asked, *self._open_stages(asked)
         _, names, session = self._stages
+        if session is None:
+            return {}
         try:
             values = session.run(names, self._feed(batch))
         except Exception as err:  # ONNX Runtime's exceptions have no common base but Exception
             raise EngineError(f"ONNX Runtime cannot show the model's inner tensors: {err}") from err
         return dict(zip(names, values, strict=True))
 
-    def _open_stages(self, tensors: Sequence[str]) -> tuple[list[str], ort.InferenceSession]:
-        """Those of the tensors that the graph has, and a session whose outputs they are."""
+    def _open_stages(self, tensors: Sequence[str]) -> tuple[list[str], ort.InferenceSession | None]:
+        """Those of the tensors that the graph has, and a session whose outputs they are; None where it has none."""
         try:
-            import onnx
-            from onnx import TensorProto, helper
-        except ImportError as err:
-            raise MissingDependencyError(
-                "showing the model's inner tensors needs the package onnx. Install it with "
-                "`pip install 'dlrm-deploy[export]'`."
-            ) from err
-        try:
-            model = onnx.load(self.bundle.model_path, load_external_data=False)
-            inner = {name for node in model.graph.node for name in node.output}
-            names = [name for name in tensors if name in inner]
-            # Nodes behind them go: ONNX Runtime would compute those too, and they may fail.
-            needed, kept = set(names), []
-            for node in reversed(model.graph.node):
-                if needed.intersection(node.output):
-                    needed.update(node.input)
-                    kept.append(node)
-            nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
-            del model.graph.node[:], model.graph.output[:]
-            model.graph.node.extend(nodes)
-            model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+            names, model = stage_graph(self.bundle, tensors)
+            if not names:
+                return names, None
             options = self._options()
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(self.bundle.model_path.parent)
             )
-            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except DlrmDeployError:
+            raise
         except Exception as err:  # as above
             raise EngineError(f"ONNX Runtime cannot show the model's inner tensors: {err}") from err
         return names, session
 
     def implementations(self) -> dict[str, str]:
         """Found by profiling one golden sample: an operator that runs as itself ran our kernel."""
-        with tempfile.TemporaryDirectory() as folder:
-            session = self._open(profile=str(Path(folder) / "profile"))
-            session.run(None, self._feed(self.bundle.golden().batch.rows(0, 1)))
-            events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+        events = self.profile([self.bundle.golden().batch.rows(0, 1)])
         ran = {
             event["args"]["op_name"] for event in events if event.get("cat") == "Node" and "op_name" in event["args"]
         }
@@ -144,6 +142,15 @@ class StockOnnxRuntimeEngine(Engine):
             for operator in self.bundle.manifest.operators
         }
 
+    def profile(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+        """What ONNX Runtime's profiler tells of scoring these batches one after the other, in a session of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = self._open(profile=str(Path(folder) / "profile"))
+            for batch in batches:
+                session.run(None, self._feed(batch))
+            events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+        return events
+
     @property
     def version(self) -> str:
         return f"onnxruntime {ort.__version__}"
@@ -151,6 +158,7 @@ class StockOnnxRuntimeEngine(Engine):
     def _release(self) -> None:
         del self._session
         self._stages = None
+        del self._tables  # last: sessions read them
 
 
 class OnnxRuntimeEngine(StockOnnxRuntimeEngine):
@@ -158,3 +166,15 @@ class OnnxRuntimeEngine(StockOnnxRuntimeEngine):
 
     name: ClassVar[str] = "onnxruntime"
     uses_library: ClassVar[bool] = True
+
+
+@cache
+def _warn_of_scalar_path(machine: str) -> None:
+    """Once a process: on this kind of CPU nobody expects the portable loops."""
+    if machine in _X86:
+        warnings.warn(
+            "this CPU has no AVX2, so that the native library runs its scalar kernels, several times slower. Their "
+            "results are the same.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -11,6 +11,8 @@ from dlrm_deploy.errors import EngineError, MissingDependencyError
 
 ENGINE_NAMES: tuple[str, ...] = ("onnxruntime", "onnxruntime-stock", "torch", "tensorrt-rtx", "tensorrt")
 PLAN_ENGINES: tuple[str, ...] = ("tensorrt-rtx", "tensorrt")
+MAPPING_ENGINES: tuple[str, ...] = ("onnxruntime", "onnxruntime-stock")
+"""Those that share mapped tables, and take `prefault` and `huge_pages`."""
 
 MOST_THREADS = 1024
 """More are a mistake, and the limit of the native library too."""
@@ -28,7 +30,14 @@ def missing_package(name: str) -> str | None:
 
 
 def open_engine(
-    bundle: Bundle, name: str, *, threads: int | None = None, spin: bool = True, require_parity: bool = False
+    bundle: Bundle,
+    name: str,
+    *,
+    threads: int | None = None,
+    spin: bool = True,
+    prefault: bool = False,
+    huge_pages: bool = False,
+    require_parity: bool = False,
 ) -> Engine:
     """Open a bundle with the engine of that name.
 
@@ -41,17 +50,21 @@ def open_engine(
         threads: CPU threads, 1 to `MOST_THREADS`; None for one per core that this process may use.
         spin: let idle ONNX Runtime threads spin between calls: faster when the engine has the machine to itself,
             and harmful where several engines share it.
+        prefault: bring the tables into memory now, whole, instead of page by page when they are first read. Of
+            `MAPPING_ENGINES` only.
+        huge_pages: copy the tables into memory that may have huge pages: fewer address translations for random rows,
+            for as much memory as the tables have bytes. Of `MAPPING_ENGINES` only.
         require_parity: refuse such an engine instead.
 
     Raises:
-        EngineError: no engine has that name, `threads` is out of range, it cannot be opened here, or it has not
-            passed and `require_parity` is set.
+        EngineError: no engine has that name, `threads` is out of range, an option is not for it, it cannot be opened
+            here, or it has not passed and `require_parity` is set.
     """
     check_name(name)
     warning = parity_warning(bundle, name)
     if require_parity and warning is not None:
         raise EngineError(warning)
-    engine = open_unchecked(bundle, name, threads=threads, spin=spin)
+    engine = open_unchecked(bundle, name, threads=threads, spin=spin, prefault=prefault, huge_pages=huge_pages)
     engine.warning = warning
     return engine
 
@@ -73,11 +86,25 @@ def parity_warning(bundle: Bundle, name: str) -> str | None:
     )
 
 
-def open_unchecked(bundle: Bundle, name: str, *, threads: int | None = None, spin: bool = True) -> Engine:
+def open_unchecked(
+    bundle: Bundle,
+    name: str,
+    *,
+    threads: int | None = None,
+    spin: bool = True,
+    prefault: bool = False,
+    huge_pages: bool = False,
+) -> Engine:
     """`open_engine` without a word about parity: for the code that checks it, or compares outputs itself."""
     check_name(name)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise EngineError(f"threads is {threads}, expected 1 to {MOST_THREADS}. Leave it out for one per core.")
+    if name not in MAPPING_ENGINES:
+        for option, given in (("prefault", prefault), ("huge_pages", huge_pages)):
+            if given:
+                raise EngineError(
+                    f"{option} is an option of {' and '.join(MAPPING_ENGINES)}, not of engine {name}. Leave it out."
+                )
     missing = missing_package(name)
     if missing:
         raise MissingDependencyError(missing)
@@ -93,4 +120,4 @@ def open_unchecked(bundle: Bundle, name: str, *, threads: int | None = None, spi
     from dlrm_deploy.engines.ort import OnnxRuntimeEngine, StockOnnxRuntimeEngine
 
     kind = OnnxRuntimeEngine if name == "onnxruntime" else StockOnnxRuntimeEngine
-    return kind(bundle, threads, spin)
+    return kind(bundle, threads, spin, prefault=prefault, huge_pages=huge_pages)

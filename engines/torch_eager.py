@@ -1,12 +1,14 @@
-"""The PyTorch engine: the model as it was trained, in eager float32. The reference that parity is measured against.
+"""The PyTorch engine: the model in eager float32. The reference that parity is measured against.
 
-It reads tables and `dense.npz`, and never the ONNX graph.
+It reads tables and `dense.npz`, and never the ONNX graph. Of a converted bundle it computes with the stored numbers:
+the rows of a batch are decoded as they are read, and where the MLPs are bfloat16, weights and the inputs of every layer
+are rounded to that, while sums stay in float32.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +18,13 @@ from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.errors import BundleError
-from dlrm_deploy.model.dlrm import DLRM
-from dlrm_deploy.model.keys import dense_shapes
+from dlrm_deploy.formats import RowFormat
+from dlrm_deploy.model.dlrm import DLRM, bf16_layer, to_bf16
+from dlrm_deploy.model.keys import dense_shapes, mlp_weight_keys
 
 
 class TorchEngine(Engine):
-    """PyTorch eager, float32, tables mapped from the bundle. `threads` is set for the whole process."""
+    """PyTorch eager, sums in float32, tables mapped from the bundle. `threads` is set for the whole process."""
 
     name: ClassVar[str] = "torch"
 
@@ -31,8 +34,16 @@ class TorchEngine(Engine):
         with warnings.catch_warnings():
             # The mapping is read-only and torch cannot express that; nothing here writes to it.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tables = [torch.from_numpy(table) for table in bundle.map_tables()]
-        self._model = DLRM(bundle.config, group_weights=tables).eval()
+            stored = [{kind: _tensor(kind, rows) for kind, rows in group.items()} for group in bundle.map_groups()]
+        manifest = bundle.manifest
+        rounded = mlp_weight_keys(bundle.config) if manifest.mlp_precision == "bf16" else frozenset()
+        if manifest.table_formats:
+            self._model = DLRM(bundle.config, stored=stored, table_formats=manifest.table_formats)
+        else:
+            self._model = DLRM(bundle.config, group_weights=[matrices["fp32"] for matrices in stored])
+        self._model.eval()
+        if rounded:
+            self._model.layer = bf16_layer
         tensors = self._model.named_tensors()
         weights = bundle.dense_weights()
         with torch.no_grad():
@@ -42,7 +53,13 @@ class TorchEngine(Engine):
                     raise BundleError(
                         f"dense.npz of {bundle.path} is damaged: {key} should be float32 {shape}, found {found}."
                     )
-                tensors[key].copy_(torch.from_numpy(weights[key]))
+                weight = torch.from_numpy(weights[key])
+                tensors[key].copy_(to_bf16(weight) if key in rounded else weight)
+
+    @property
+    def model(self) -> DLRM:
+        """The model, in the bundle's number formats."""
+        return self._model
 
     def _run(self, batch: Batch) -> npt.NDArray[np.float32]:
         return self._model.predict(batch)
@@ -56,3 +73,9 @@ class TorchEngine(Engine):
 
     def _release(self) -> None:
         del self._model
+
+
+def _tensor(kind: RowFormat, rows: npt.NDArray[Any]) -> torch.Tensor:
+    """A stored matrix without a copy."""
+    tensor = torch.from_numpy(rows)
+    return tensor.view(torch.bfloat16) if kind == "bf16" else tensor

@@ -27,6 +27,10 @@ from dlrm_deploy.tables import TableConfig
 Dot = Callable[[str, str, str | None], str]
 """Writes a dot interaction: first vector [B, W], the others [B, T, W], name of the output or None; gives that name."""
 
+Chain = Callable[[str, Sequence[tuple[str, str]], bool, str | None], str]
+"""Writes linear layers as one node: input, weights by their keys, whether a ReLU is behind the last one, name of the
+output or None; gives that name."""
+
 _END = np.iinfo(np.int64).max
 
 
@@ -38,8 +42,10 @@ def transformed_dense(n: Nodes, config: ModelConfig) -> str:
     return n.op("Log", n.op("Max", n.op("Add", "dense", shift), n.constant(1.0, np.float32)), output=DENSE_LOG)
 
 
-def mlp(n: Nodes, x: str, layers: Sequence[tuple[str, str]], name: str) -> str:
+def mlp(n: Nodes, x: str, layers: Sequence[tuple[str, str]], name: str, chain: Chain | None = None) -> str:
     """Linear layers, each with ReLU behind it; weights by their keys."""
+    if chain is not None and layers:
+        return chain(x, layers, True, mlp_name(name, len(layers) - 1))
     for i, (weight, bias) in enumerate(layers):
         x = n.op("Relu", n.op("Gemm", x, weight, bias, transB=1), output=mlp_name(name, i))
     return x
@@ -66,7 +72,9 @@ def vectors(n: Nodes, config: ModelConfig, pooled: Sequence[str], slots: Sequenc
     return found
 
 
-def interact(n: Nodes, config: ModelConfig, dense: str, pieces: Sequence[tuple[Run, str]], dot: Dot) -> str:
+def interact(
+    n: Nodes, config: ModelConfig, dense: str, pieces: Sequence[tuple[Run, str]], dot: Dot, chain: Chain | None = None
+) -> str:
     """What the top MLP reads, from the dense vector and the features' vectors."""
     if config.interaction in ("dot", "fm"):
         return _dot(n, config, dense, [name for _, name in pieces], dot)
@@ -79,7 +87,7 @@ def interact(n: Nodes, config: ModelConfig, dense: str, pieces: Sequence[tuple[R
         return x0
     if config.interaction == "projection":
         width = config.vector_widths[0]
-        branches = [mlp(n, x0, keys, f"branch{i}") for i, keys in enumerate(branch_keys(config), start=1)]
+        branches = [mlp(n, x0, keys, f"branch{i}", chain) for i, keys in enumerate(branch_keys(config), start=1)]
         one = n.op("Reshape", branches[0], n.constant([0, config.branch1[-1] // width, width]))
         two = n.op("Reshape", branches[1], n.constant([0, width, config.branch2[-1] // width]))
         products = n.op("MatMul", one, two)
@@ -121,7 +129,13 @@ def _dot(n: Nodes, config: ModelConfig, dense: str, pieces: list[str], dot: Dot)
 
 
 def score(
-    n: Nodes, config: ModelConfig, x: str, dense: str, pooled: Sequence[str], to_fp32: Callable[[str], str] = str
+    n: Nodes,
+    config: ModelConfig,
+    x: str,
+    dense: str,
+    pooled: Sequence[str],
+    to_fp32: Callable[[str], str] = str,
+    chain: Chain | None = None,
 ) -> str:
     """Logits [B, 1] from what the interaction gives; the last layer and first-order terms are in fp32.
 
@@ -132,15 +146,18 @@ def score(
         dense: transformed dense values, in fp32.
         pooled: the pooled outputs, in fp32.
         to_fp32: casts a tensor of the MLPs' number format to fp32.
+        chain: writes the top MLP as one node; None for a node a layer.
     """
     terms = []
-    *hidden, last = top_keys(config) or (None,)
-    x = to_fp32(mlp(n, x, [keys for keys in hidden if keys], "top"))
-    if last is None:
-        terms.append(x)
+    layers = top_keys(config)
+    output = None if config.wide else LOGITS
+    if not layers:
+        terms.append(to_fp32(x))
+    elif chain is not None:
+        terms.append(chain(x, layers, False, output))
     else:
-        output = None if config.wide else LOGITS
-        terms.append(n.op("Gemm", x, *last, transB=1, output=output))
+        *hidden, last = layers
+        terms.append(n.op("Gemm", to_fp32(mlp(n, x, hidden, "top")), *last, transB=1, output=output))
     if config.wide:
         group, first = wide_places(config)
         features = len(config.features)

@@ -1,14 +1,15 @@
 """Export a model to a bundle: stream the tables, write the graph, score the golden batch, hash everything.
 
-Main path: `export_bundle` -> `_write_tables` -> `graph.write_model` -> `_golden` -> `_manifest`. All of it happens in a
-folder beside the place, renamed at the end.
+Main path: `export_bundle` -> `_write_tables` -> `write_rest`, which writes the graph, the golden batch and the
+manifest. All of it happens in a folder beside the place, renamed at the end. `dlrm_deploy.export.convert` makes bundles
+in other number formats from what this writes.
 """
 
 from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,20 +33,24 @@ from dlrm_deploy.bundle import (
     TableGroupRecord,
 )
 from dlrm_deploy.checksums import CHECKSUMS, RowChecksums, weight_checksum
-from dlrm_deploy.config import IndexPolicy
+from dlrm_deploy.config import IndexPolicy, ModelConfig
 from dlrm_deploy.data.random import random_batch, with_longer_bags
 from dlrm_deploy.errors import CheckpointError, OutputError
 from dlrm_deploy.export.graph import signature, write_model
 from dlrm_deploy.export.nodes import DOMAIN, OPSET
 from dlrm_deploy.export.sources import Source
 from dlrm_deploy.files import atomic_folder, sha256_file
+from dlrm_deploy.formats import RowFormat, file_name
 from dlrm_deploy.model.rounding import derived_limit
 from dlrm_deploy.tables import TableGroup
 
 GOLDEN_ROWS = 64
 
 Progress = Callable[[int], None]
-"""Called with the number of table bytes just written."""
+"""Called with the number of table bytes just done."""
+
+Checksums = dict[str, npt.NDArray[np.uint32]]
+"""By table part or weight, as they are stored."""
 
 
 def export_bundle(
@@ -57,7 +62,7 @@ def export_bundle(
     overwrite: bool = False,
     progress: Progress = lambda count: None,
 ) -> Bundle:
-    """Write the bundle of a model.
+    """Write the fp32 bundle of a model.
 
     Args:
         source: the model.
@@ -78,40 +83,91 @@ def export_bundle(
     if index_policy is not None:
         config = replace(config, index_policy=index_policy)
     with atomic_folder(out, overwrite, MANIFEST) as folder:
-        _check_room(folder, config.table_bytes)
-        checksums: dict[str, npt.NDArray[np.uint32]] = {}
+        check_room(folder, config.table_bytes)
+        checksums: Checksums = {}
         tables = tuple(_write_tables(folder, group, source, checksums, progress) for group in config.groups)
-        dense = source.dense()
-        checksums.update((key, weight_checksum(weight)) for key, weight in dense.items())
-        np.savez(folder / CHECKSUMS, allow_pickle=False, **checksums)
-        np.savez(folder / DENSE, allow_pickle=False, **dense)
-        onnx.save(write_model(config, dense, tables, index_dtype), folder / MODEL)
-        onnx.checker.check_model(folder / MODEL, full_check=True)
-        inputs, outputs = signature(config, index_dtype)
-        operators = {"TableBatchedEmbeddingBag": 1}
-        if config.interaction in ("dot", "fm"):
-            operators["DotInteraction"] = 1
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            model=config,
-            inputs=inputs,
-            outputs=outputs,
-            operators=operators,
-            opset=OPSET,
+        write_rest(
+            folder,
+            config=config,
+            dense=source.dense(),
+            tables=tables,
+            checksums=checksums,
+            index_dtype=index_dtype,
+            provenance=source.provenance(),
+            golden=lambda bundle: _golden(bundle, source),
             precision={"tables": "fp32", "mlp": "fp32"},
-            table_groups=tables,
-            files={},
-            provenance={**source.provenance(), **_provenance()},
+            table_formats={},
+            accuracy={},
         )
-        np.savez(folder / GOLDEN, allow_pickle=False, **_golden(Bundle(folder, manifest), source).arrays())
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        files = {name: _record(folder / name) for name in names}
-        (folder / MANIFEST).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
     return Bundle.open(out, verify="none")
 
 
-def _check_room(folder: Path, table_bytes: int) -> None:
-    """Say so before, not after, filling the disk."""
+def write_rest(
+    folder: Path,
+    *,
+    config: ModelConfig,
+    dense: Mapping[str, npt.NDArray[np.float32]],
+    tables: tuple[TableGroupRecord, ...],
+    checksums: Checksums,
+    index_dtype: str,
+    provenance: Mapping[str, Any],
+    golden: Callable[[Bundle], Golden],
+    precision: Mapping[str, str],
+    table_formats: Mapping[str, RowFormat],
+    accuracy: Mapping[str, Any],
+) -> None:
+    """Write all of a bundle but its tables, which are in `folder` already, and the manifest last.
+
+    Args:
+        folder: where.
+        config: the model.
+        dense: every parameter but the tables, in fp32.
+        tables: the matrices that are there.
+        checksums: of their parts.
+        index_dtype: type of the graph's ids and offsets.
+        provenance: where the model is from; versions are added.
+        golden: gives the golden batch, from the bundle in `folder`, which has no hashes yet.
+        precision: as in the manifest.
+        table_formats: as in the manifest.
+        accuracy: as in the manifest.
+    """
+    checksums = {**checksums, **{key: weight_checksum(weight) for key, weight in dense.items()}}
+    np.savez(folder / CHECKSUMS, allow_pickle=False, **checksums)
+    np.savez(folder / DENSE, allow_pickle=False, **dense)
+    inputs, outputs = signature(config, index_dtype)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        model=config,
+        inputs=inputs,
+        outputs=outputs,
+        operators={},
+        opset=OPSET,
+        precision=dict(precision),
+        table_groups=tables,
+        files={},
+        provenance={**provenance, **_provenance()},
+        table_formats=dict(table_formats),
+        accuracy=dict(accuracy),
+    )
+    model = write_model(
+        config, dense, tables, index_dtype, table_formats=manifest.table_formats, mlp_precision=manifest.mlp_precision
+    )
+    onnx.save(model, folder / MODEL)
+    onnx.checker.check_model(folder / MODEL, full_check=True)
+    operators = {node.op_type: 1 for node in model.graph.node if node.domain == DOMAIN}
+    manifest = replace(manifest, operators=dict(sorted(operators.items(), reverse=True)))
+    np.savez(folder / GOLDEN, allow_pickle=False, **golden(Bundle(folder, manifest)).arrays())
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = {name: _record(folder / name) for name in names}
+    (folder / MANIFEST).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
+
+
+def check_room(folder: Path, table_bytes: int) -> None:
+    """Say so before, not after, filling the disk.
+
+    Raises:
+        OutputError: the tables need more than is free.
+    """
     free = shutil.disk_usage(folder).free
     if table_bytes > free:
         raise OutputError(
@@ -136,7 +192,7 @@ def _write_tables(
     progress: Progress,
 ) -> TableGroupRecord:
     """Write the matrix of a table group piece by piece, and note its checksums; memory holds one piece at a time."""
-    name = f"tables/{group.name}.bin"
+    name = file_name(group.name, "fp32")
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
@@ -151,13 +207,13 @@ def _write_tables(
                     )
                 file.seek((row_start + first) * group.width * 4)
                 file.write(np.ascontiguousarray(chunk, "<f4").data)
-                checksum.add(chunk)
+                checksum.add(np.ascontiguousarray(chunk, "<f4"))
                 seen += len(chunk)
                 progress(chunk.nbytes)
             if seen != part.rows:
                 raise CheckpointError(f"table {part.name!r}: the source holds {seen} of {part.rows} rows.")
             checksums[part.name] = checksum.finish()
-    return TableGroupRecord(name=group.name, file=name, rows=group.rows, width=group.width, dtype="float32")
+    return TableGroupRecord(name=group.name, file=name, rows=group.rows, width=group.width)
 
 
 def _golden(bundle: Bundle, source: Source) -> Golden:

@@ -1,45 +1,76 @@
-"""The two operators of docs/operators.md as ONNX functions of standard operators.
+"""The operators of docs/operators.md as ONNX functions of standard operators.
 
-A body is specialised to its node: it holds only what the node's form, poolings, index policy and way from ids to rows
-need, with the node's attributes as constants. Every body is right for bags of any length, empty ones too, and for a
-batch of zero samples. Additions run in index order, so results equal the kernels' except where fixed bags are summed by
-ReduceSum.
+A body is specialised to its node: it holds only what the node needs, with the node's attributes as constants. Pooling
+is written by `pooling_bodies`, what decodes stored rows by `row_decoding`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from dlrm_deploy.errors import EngineError
 from dlrm_deploy.export.nodes import DOMAIN, OPSET, Nodes
-from dlrm_deploy.ops.contract import BagAttributes
-
-Numbers = npt.NDArray[Any]
-"""One number per slot: int32, int64 or float32."""
+from dlrm_deploy.export.pooling_bodies import pool
+from dlrm_deploy.ops.contract import BAG_INPUTS, BagAttributes
 
 
 def embedding_bag_function(attributes: BagAttributes, overload: str) -> onnx.FunctionProto:
     """`TableBatchedEmbeddingBag` for a node with these attributes."""
     n = Nodes()
-    if attributes.pooling_factors is None:
-        _pool_csr(n, attributes)
-    else:
-        pool_fixed(
-            n, attributes, attributes.pooling_factors,
-            ids=_checked_ids(n, attributes, attributes.pooling_factors),
-            table="weights", weights="per_sample_weights", output="pooled",
-        )  # fmt: skip
-    # A formal parameter must have a name, also the one that a fixed node leaves out before per-sample weights.
-    inputs = [name or "offsets" for name in attributes.inputs()]
+    pool(n, attributes)
+    return _function(
+        "TableBatchedEmbeddingBag", _bag_inputs(attributes), ["pooled"], n, list(attributes.node_attributes()), overload
+    )
+
+
+def embedding_bag_dot_interaction_function(
+    attributes: BagAttributes, self_interaction: bool, overload: str, *, with_pooled: bool = False
+) -> onnx.FunctionProto:
+    """`EmbeddingBagDotInteraction` for a node with these attributes.
+
+    ONNX Runtime refuses a node with fewer outputs than its body has, so the second one is there where the node has it.
+    Inside the body it is always called `pooled`.
+    """
+    n = Nodes()
+    pool(n, attributes)
+    dot_interaction(n, "dense", "pooled", len(attributes.features), self_interaction, output="interactions")
+    outputs = ["interactions", "pooled"] if with_pooled else ["interactions"]
+    return _function(
+        "EmbeddingBagDotInteraction", ["dense", *_bag_inputs(attributes)], outputs, n,
+        [*attributes.node_attributes(), "self_interaction"], overload,
+    )  # fmt: skip
+
+
+def mlp_function(layers: int, relu_last: bool, overload: str) -> onnx.FunctionProto:
+    """`Mlp` of a number of layers."""
+    n = Nodes()
+    inputs, x = ["x"], "x"
+    for layer in range(layers):
+        weight, bias = f"weight{layer}", f"bias{layer}"
+        inputs += [weight, bias]
+        rounded = n.op("Cast", n.op("Cast", x, to=TensorProto.BFLOAT16), to=TensorProto.FLOAT)
+        last = layer == layers - 1
+        relu = relu_last or not last
+        name = "y" if last else None
+        widened = n.op("Cast", weight, to=TensorProto.FLOAT)
+        x = n.op("Gemm", rounded, widened, bias, transB=1, output=None if relu else name)
+        if relu:
+            x = n.op("Relu", x, output=name)
+    return _function("Mlp", inputs, ["y"], n, ["relu_last"], overload)
+
+
+def _bag_inputs(attributes: BagAttributes) -> list[str]:
+    """Formal parameters: they have names also where the node leaves an input out."""
+    return list(BAG_INPUTS[: len(attributes.inputs())])
+
+
+def _function(
+    operator: str, inputs: list[str], outputs: list[str], n: Nodes, attributes: list[str], overload: str
+) -> onnx.FunctionProto:
     return helper.make_function(
-        DOMAIN, "TableBatchedEmbeddingBag", inputs, ["pooled"], n.nodes, [helper.make_opsetid("", OPSET)],
-        attributes=list(attributes.node_attributes()), overload=overload,
+        DOMAIN, operator, inputs, outputs, n.nodes, [helper.make_opsetid("", OPSET)],
+        attributes=attributes, overload=overload,
     )  # fmt: skip
 
 
@@ -64,345 +95,3 @@ def dot_interaction(
     flat = n.op("Reshape", dots_BVV, n.constant([0, vectors * vectors]))
     triangle = n.op("Gather", flat, n.constant(row * vectors + column), axis=1)
     return n.op("Concat", dense, triangle, axis=1, output=output)
-
-
-def policy_rows(
-    n: Nodes,
-    ids: str,
-    a: BagAttributes,
-    slots: Sequence[int],
-    spread: Callable[[Numbers], str],
-    total_rows: str,
-    dtype: npt.DTypeLike = np.int64,
-) -> tuple[str, str | None]:
-    """Rows of the group's matrix for ids; and, for policy zero, where the id is out of range.
-
-    Only what the slots need is written: of plain ones, the index policy and the first row of the table.
-
-    Args:
-        n: where the nodes go.
-        ids: any shape.
-        a: attributes of the operator.
-        slots: positions of the slots that the ids belong to.
-        spread: makes a constant of an array [len(slots)] that broadcasts with `ids`, of the array's type.
-        total_rows: R. Policy error reads row R for a bad id, which Gather refuses.
-        dtype: of ids and all row numbers, int32 or int64.
-
-    Raises:
-        EngineError: a number of ids, a modulus or a divisor is beyond `dtype`.
-    """
-    numbers = _SlotNumbers(a, slots, dtype)
-    limit, row_starts = spread(numbers.ids), spread(numbers.row_starts)
-    moduli = numbers.moduli
-    if moduli.any():
-        reduced = n.op("Mod", ids, spread(np.maximum(moduli, 1)))
-        if not moduli.all():
-            reduced = n.op("Where", n.op("Greater", spread(moduli), n.constant(0, dtype)), reduced, ids)
-        ids = reduced
-    bad = None
-    if a.index_policy == "clamp":
-        # Not Min and Max: ONNX Runtime 1.31's int64 ones are wrong for values in [2^31, 2^32).
-        zero, last = n.constant(0, dtype), n.op("Sub", limit, n.constant(1, dtype))
-        from_zero = n.op("Where", n.op("Less", ids, zero), zero, ids)
-        ids = n.op("Where", n.op("Greater", from_zero, last), last, from_zero)
-    elif a.index_policy == "modulo":
-        ids = n.op("Mod", ids, limit)
-    else:
-        bad = n.op("Or", n.op("Less", ids, n.constant(0, dtype)), n.op("GreaterOrEqual", ids, limit))
-    row = n.op("Add", _quotients(n, ids, numbers, spread), row_starts)
-    if bad is None:
-        return row, None
-    if a.index_policy == "zero":
-        return n.op("Where", bad, row_starts, row), bad
-    return n.op("Where", bad, total_rows, row), None
-
-
-class _SlotNumbers:
-    """Attributes of some slots as arrays [len(slots)] of one type, or an error where they do not fit."""
-
-    def __init__(self, a: BagAttributes, slots: Sequence[int], dtype: npt.DTypeLike) -> None:
-        kind = np.dtype(dtype)
-        for name in ("ids", "moduli", "divisors"):
-            for t in slots:
-                value = getattr(a, name)[t]
-                if value > np.iinfo(kind).max:
-                    feature = repr(a.feature_names[a.features[t]]) if a.feature_names else str(a.features[t])
-                    raise EngineError(
-                        f"feature {feature}: {name} of its slot {t} is {value}, but this graph computes rows in "
-                        f"{kind.name}. Use engine onnxruntime, or a smaller number."
-                    )
-
-        def numbers(values: Sequence[int]) -> Numbers:
-            return np.array([values[t] for t in slots], kind)
-
-        self.rows, self.row_starts, self.ids = numbers(a.rows), numbers(a.row_starts), numbers(a.ids)
-        self.moduli, self.divisors, self.divisions = numbers(a.moduli), numbers(a.divisors), numbers(a.divisions)
-
-
-def _quotients(n: Nodes, ids: str, slots: _SlotNumbers, spread: Callable[[Numbers], str]) -> str:
-    """Rows of their slot's table part that valid ids read; the ids themselves in plain slots."""
-    rows, divisors, divisions = slots.rows, slots.divisors, slots.divisions
-    exact = ids
-    if not divisions.all():
-        if (divisors != 1).any():
-            exact = n.op("Div", exact, spread(divisors))
-        if ((slots.ids - 1) // divisors >= rows).any():
-            exact = n.op("Mod", exact, spread(rows))
-        if not divisions.any():
-            return exact
-    floats = n.op("Cast", ids, to=TensorProto.FLOAT)
-    divided = by_reciprocal = ""
-    if (divisions == 1).any():
-        divided = n.op("Div", floats, spread(divisors.astype(np.float32)))
-    if (divisions == 2).any():  # reciprocals are constants: ONNX Runtime makes one division of Div and Mul
-        by_reciprocal = n.op("Mul", floats, spread(np.float32(1) / divisors.astype(np.float32)))
-    quotients = divided or by_reciprocal
-    if divided and by_reciprocal:
-        quotients = n.op("Where", n.op("Equal", spread(divisions), n.constant(1, rows.dtype)), divided, by_reciprocal)
-    if rows.dtype == np.int32:  # the float32 neighbour of an int32 may be 2^31
-        quotients = n.op("Min", quotients, n.constant(np.nextafter(np.float32(2**31), np.float32(0)), np.float32))
-    whole, last = n.op("Cast", quotients, to=helper.np_dtype_to_tensor_dtype(rows.dtype)), spread(rows - 1)
-    whole = n.op("Where", n.op("Greater", whole, last), last, whole)
-    if divisions.all():
-        return whole
-    return n.op("Where", n.op("Equal", spread(divisions), n.constant(0, rows.dtype)), exact, whole)
-
-
-def _int64(n: Nodes, name: str) -> str:
-    return n.op("Cast", name, to=TensorProto.INT64)
-
-
-def _zero_unless(n: Nodes, *violations: str) -> str:
-    """The number 0; the run fails ("indices element out of data bounds") where any value of a violation is true.
-
-    Standard operators cannot raise an error of their own, so a Gather reads beyond its one element.
-    """
-    count = n.op("ReduceSum", _int64(n, n.op("Concat", *violations, axis=0)), keepdims=0)
-    return n.op("Gather", n.constant([0]), n.op("Min", count, n.constant(1)))
-
-
-def _starts_and_ends(n: Nodes, offsets: str) -> tuple[str, str]:
-    """Where each bag begins and ends in `indices`."""
-    starts = n.op("Slice", offsets, n.constant([0]), n.constant([-1]))
-    return starts, n.op("Slice", offsets, n.constant([1]), n.constant([np.iinfo(np.int64).max]))
-
-
-def _checked_ids(n: Nodes, a: BagAttributes, factors: Sequence[int]) -> str:
-    """`indices` as int64, after N was seen to be a whole number of samples, with one weight per id.
-
-    Where all features have one pooling factor the Reshape that follows refuses anything else by itself.
-    """
-    ids = _int64(n, "indices")
-    if len(set(factors)) == 1 and a.features == tuple(range(len(factors))):
-        return ids
-    ids_count = n.op("Shape", ids)
-    violations = [n.op("Cast", n.op("Mod", ids_count, n.constant([sum(factors)])), to=TensorProto.BOOL)]
-    if a.weighted:
-        violations.append(n.op("Not", n.op("Equal", n.op("Shape", "per_sample_weights"), ids_count)))
-    return n.op("Add", ids, _zero_unless(n, *violations))
-
-
-def _checked_offsets(n: Nodes, a: BagAttributes) -> str:
-    """`offsets` as int64, after they were seen to rise from 0 to N, F * B + 1 of them, with one weight per id."""
-    offsets = _int64(n, "offsets")
-    starts, ends = _starts_and_ends(n, offsets)
-    ids_count = n.op("Shape", "indices")
-    violations = [
-        n.op("Less", ends, starts),
-        n.op("Not", n.op("Equal", n.op("Gather", offsets, n.constant([0])), n.constant([0]))),
-        n.op("Not", n.op("Equal", n.op("Gather", offsets, n.constant([-1])), ids_count)),
-        n.op("Cast", n.op("Mod", n.op("Shape", starts), n.constant([a.num_features])), to=TensorProto.BOOL),
-    ]
-    if a.weighted:
-        violations.append(n.op("Not", n.op("Equal", n.op("Shape", "per_sample_weights"), ids_count)))
-    return n.op("Add", offsets, _zero_unless(n, *violations))
-
-
-def bag_of_each_id(n: Nodes, starts: str, ids_count: str) -> str:
-    """[N]: the number of bags that start at or before each id, minus one.
-
-    Args:
-        n: where the nodes go.
-        starts: first id of each bag, int64, rising.
-        ids_count: N, as [1] int64.
-    """
-    places = n.op("Expand", n.constant([0]), n.op("Add", ids_count, n.constant([1])))
-    ones = n.op("Expand", n.constant([1]), n.op("Shape", starts))
-    begun = n.op("CumSum", n.op("ScatterElements", places, starts, ones, axis=0, reduction="add"), n.constant(0))
-    return n.op("Sub", n.op("Slice", begun, n.constant([0]), ids_count), n.constant([1]))
-
-
-def _pool_csr(n: Nodes, a: BagAttributes) -> None:
-    """Gather the row of every id [N, D] and add it to its bag with ScatterElements, which runs in index order.
-
-    Not ScatterND: ONNX Runtime's adds repeated indices from several threads without a lock and loses some.
-    Not a padded [bags, longest, D]: one bag of 100,000 ids would cost memory for every bag.
-    """
-    ids = _int64(n, "indices")
-    starts, ends = _starts_and_ends(n, _checked_offsets(n, a))
-    batch = n.op("Div", n.op("Shape", starts), n.constant([a.num_features]))
-
-    bag = bag_of_each_id(n, starts, n.op("Shape", ids))
-    # ONNX Runtime refuses a division by zero even of no elements at all.
-    feature = n.op("Div", bag, n.op("Max", batch, n.constant([1])))
-
-    total = n.op("Gather", n.op("Shape", "weights"), n.constant(0))
-    passes = _distinct_features(a)
-    pooled = [_pool_pass(n, a, slots, ids, bag, feature, batch, total) for slots in passes]
-    pooled_TBD = _in_slot_order(n, pooled, passes)
-    if any(a.mean):
-        shape = n.op("Concat", n.constant([a.num_features]), batch, axis=0)
-        lengths = n.op("Gather", n.op("Reshape", n.op("Sub", ends, starts), shape, allowzero=1), n.constant(a.features))
-        mean = n.constant(np.array(a.mean)[:, None])
-        divisor = n.op("Max", n.op("Mul", lengths, mean), n.constant(1))
-        pooled_TBD = n.op(
-            "Div", pooled_TBD, n.op("Cast", n.op("Unsqueeze", divisor, n.constant([2])), to=TensorProto.FLOAT)
-        )
-    n.op("Transpose", pooled_TBD, perm=[1, 0, 2], output="pooled")
-
-
-def _distinct_features(a: BagAttributes) -> list[list[int]]:
-    """The slots, cut so that no two of a list pool one feature."""
-    passes: list[list[int]] = []
-    for t, feature in enumerate(a.features):
-        earlier = a.features[:t].count(feature)
-        if earlier == len(passes):
-            passes.append([])
-        passes[earlier].append(t)
-    return passes
-
-
-def _pool_pass(
-    n: Nodes, a: BagAttributes, slots: Sequence[int], ids: str, bag: str, feature: str, batch: str, total: str
-) -> str:
-    """The sums [slots, B, D] of some slots with different features; `bag` and `feature` are those of each id."""
-    T = len(slots)
-    features = [a.features[t] for t in slots]
-    # Constants per feature of the batch. Features of no slot pool into a spare slot T, which is cut off.
-    slot = np.full(a.num_features, T)
-    slot[features] = range(T)
-
-    def spread(values: Numbers) -> str:
-        by_feature = np.full(a.num_features, values[0])
-        by_feature[features] = values
-        return n.op("Gather", n.constant(by_feature, values.dtype), feature)
-
-    has_spare = a.num_features > T
-    if has_spare:
-        in_group = n.op("Less", n.op("Gather", n.constant(slot), feature), n.constant(T))
-        ids = n.op("Where", in_group, ids, n.constant(0))
-    row_N, bad_N = policy_rows(n, ids, a, slots, spread, total)
-
-    gathered = n.op("Gather", "weights", row_N)
-    column = n.constant([1])
-    if a.weighted:
-        gathered = n.op("Mul", n.op("Unsqueeze", "per_sample_weights", column), gathered)
-    if bad_N is not None:
-        gathered = n.op("Where", n.op("Unsqueeze", bad_N, column), n.constant(0.0, np.float32), gathered)
-    bag_of_slot = bag
-    if features != list(range(a.num_features)):
-        sample = n.op("Sub", bag, n.op("Mul", feature, batch))
-        bag_of_slot = n.op("Add", n.op("Mul", n.op("Gather", n.constant(slot), feature), batch), sample)
-    target = n.op("Expand", n.op("Unsqueeze", bag_of_slot, column), n.op("Shape", gathered))
-    width = n.op("Shape", "weights", start=1)
-    count = n.constant([T + has_spare])
-    zeros = n.op("Expand", n.constant(0.0, np.float32), n.op("Concat", n.op("Mul", count, batch), width, axis=0))
-    summed = n.op("ScatterElements", zeros, target, gathered, axis=0, reduction="add")
-    pooled = n.op("Reshape", summed, n.op("Concat", count, batch, width, axis=0), allowzero=1)
-    if has_spare:
-        pooled = n.op("Slice", pooled, n.constant([0]), n.constant([T]), n.constant([0]))
-    return pooled
-
-
-def _in_slot_order(n: Nodes, pooled: Sequence[str], slots: Sequence[Sequence[int]]) -> str:
-    """One [T, B, D] of several [some slots, B, D]."""
-    pooled_TBD = n.op("Concat", *pooled, axis=0) if len(pooled) > 1 else pooled[0]
-    order = [t for some in slots for t in some]
-    if order != sorted(order):
-        pooled_TBD = n.op("Gather", pooled_TBD, n.constant(np.argsort(order)))
-    return pooled_TBD
-
-
-def pool_fixed(
-    n: Nodes,
-    a: BagAttributes,
-    factors: Sequence[int],
-    *,
-    ids: str,
-    table: str,
-    weights: str,
-    output: str,
-    dtype: npt.DTypeLike = np.int64,
-) -> None:
-    """Gather [slots, B, L, D] and reduce over L, one gather for all slots of one pooling factor L.
-
-    Args:
-        n: where the nodes go.
-        a: attributes of the operator.
-        factors: its pooling factors, L of each feature.
-        ids: name of the ids [N], of `dtype`.
-        table: name of the group's matrix [R, D].
-        weights: name of the per-sample weights [N], read where the operator is weighted.
-        output: name of the result [B, T, D].
-        dtype: int32 or int64.
-    """
-
-    def column(values: Numbers) -> str:
-        return n.constant(values[:, None, None], values.dtype)
-
-    batch = n.op("Div", n.op("Shape", ids), n.constant([sum(factors)]))
-    total = n.op("Gather", n.op("Shape", table), n.constant(0))
-    starts = [sum(factors[:feature]) for feature in a.features]  # in units of B
-    by_factor: dict[int, list[int]] = {}
-    for t, feature in enumerate(a.features):
-        by_factor.setdefault(factors[feature], []).append(t)
-
-    pooled = []
-    for factor, slots in by_factor.items():
-        shape = n.op("Concat", n.constant([len(slots)]), batch, n.constant([factor]), axis=0)
-        select = [_feature_ids(n, ids, batch, a, factors, slots, starts, factor), ""]
-        if a.weighted:
-            select[1] = _feature_ids(n, weights, batch, a, factors, slots, starts, factor)
-        ids_TBL = n.op("Reshape", select[0], shape, allowzero=1)
-        row_TBL, bad_TBL = policy_rows(n, ids_TBL, a, slots, column, total, dtype)
-        last = n.constant([3 if factor > 1 else 2])
-        if factor == 1:  # one id a bag: no reduction
-            row_TBL = n.op("Squeeze", row_TBL, n.constant([2]))
-            bad_TBL = n.op("Squeeze", bad_TBL, n.constant([2])) if bad_TBL else None
-        gathered = n.op("Gather", table, row_TBL)
-        if a.weighted:
-            weights_TBL = n.op("Reshape", select[1], shape, allowzero=1)
-            if factor > 1:
-                weights_TBL = n.op("Unsqueeze", weights_TBL, last)
-            gathered = n.op("Mul", weights_TBL, gathered)
-        if bad_TBL:
-            gathered = n.op("Where", n.op("Unsqueeze", bad_TBL, last), n.constant(0.0, np.float32), gathered)
-        if factor > 1:
-            gathered = n.op("ReduceSum", gathered, n.constant([2]), keepdims=0)
-            divisors = np.array([factor if a.mean[t] else 1 for t in slots], np.float32)
-            if any(divisors != 1):
-                gathered = n.op("Div", gathered, n.constant(divisors[:, None, None], np.float32))
-        pooled.append(gathered)
-    pooled_TBD = _in_slot_order(n, pooled, list(by_factor.values()))
-    n.op("Transpose", pooled_TBD, perm=[1, 0, 2], output=output)
-
-
-def _feature_ids(
-    n: Nodes,
-    values: str,
-    batch: str,
-    a: BagAttributes,
-    factors: Sequence[int],
-    slots: Sequence[int],
-    starts: Sequence[int],
-    factor: int,
-) -> str:
-    """The part of `values` [N] that belongs to these slots, in their order."""
-    if [a.features[t] for t in slots] == list(range(len(factors))):
-        return values
-    pieces = []
-    for t in slots:
-        start, stop = starts[t], starts[t] + factor
-        bounds = [n.op("Mul", batch, n.constant([bound])) for bound in (start, stop)]
-        pieces.append(n.op("Slice", values, *bounds))
-    return n.op("Concat", *pieces, axis=0) if len(pieces) > 1 else pieces[0]

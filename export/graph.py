@@ -1,7 +1,8 @@
 """Writes the ONNX graph of a DLRM from its ModelConfig.
 
 Not traced: tables stay outside as external data, embedding bags stay one node a table group, and the graph depends on
-nothing but the config. Blocks are shared with `tensorrt_graph`, which writes the same model in a form TensorRT builds.
+nothing but the config and the number formats. Bags and dot interaction are one node where they can be, and so is a
+whole MLP in bfloat16. Blocks are shared with `tensorrt_graph`, which writes the same model in a form TensorRT builds.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import dlrm_deploy
-from dlrm_deploy.bundle import TableGroupRecord, TensorSpec
+from dlrm_deploy.bundle import MlpPrecision, TableGroupRecord, TensorSpec
 from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.export.blocks import (
+    Chain,
     interact,
     mlp,
     other_vectors,
@@ -26,16 +28,38 @@ from dlrm_deploy.export.blocks import (
     transformed_dense,
     vectors,
 )
-from dlrm_deploy.export.function_bodies import bag_of_each_id, dot_interaction_function, embedding_bag_function
+from dlrm_deploy.export.function_bodies import (
+    dot_interaction_function,
+    embedding_bag_dot_interaction_function,
+    embedding_bag_function,
+    mlp_function,
+)
 from dlrm_deploy.export.nodes import DOMAIN, DOMAIN_VERSION, OPSET, Nodes
-from dlrm_deploy.model.keys import bottom_keys
-from dlrm_deploy.model.stage_names import path_name, pooled_name
-from dlrm_deploy.model.vectors import path_features
-from dlrm_deploy.ops.contract import BagAttributes
+from dlrm_deploy.export.pooling_bodies import bag_of_each_id
+from dlrm_deploy.formats import (
+    ROW_FORMATS,
+    GroupLayout,
+    RowFormat,
+    row_bytes,
+    stored_columns,
+    tensor_name,
+    to_bf16,
+)
+from dlrm_deploy.model.keys import bottom_keys, mlp_weight_keys
+from dlrm_deploy.model.stage_names import INTERACTIONS, path_name, pooled_name
+from dlrm_deploy.model.vectors import path_features, runs
+from dlrm_deploy.ops.contract import BagAttributes, matrix_input
 from dlrm_deploy.tables import TableConfig
 
 IR_VERSION = 10
 _ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
+_TABLE_TYPES: dict[RowFormat, int] = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "int8": TensorProto.UINT8,
+    "int4": TensorProto.UINT8,
+}
 
 
 def signature(config: ModelConfig, index_dtype: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -55,41 +79,40 @@ def write_model(
     dense: Mapping[str, npt.NDArray[np.float32]],
     tables: Sequence[TableGroupRecord],
     index_dtype: str,
+    *,
+    table_formats: Mapping[str, RowFormat] | None = None,
+    mlp_precision: MlpPrecision = "fp32",
 ) -> onnx.ModelProto:
     """The model with function bodies; tables refer to their files, all other weights are inside.
 
     Args:
         config: the architecture.
-        dense: parameters by checkpoint key (`dlrm_deploy.model.keys.dense_shapes`).
-        tables: file of each of `config.groups`, relative to the model.
+        dense: parameters by checkpoint key (`dlrm_deploy.model.keys.dense_shapes`), in fp32.
+        tables: the stored matrices, as `Manifest.table_groups` lists them; files are relative to the model.
         index_dtype: "int32" or "int64", type of `indices` and `offsets`.
+        table_formats: row format of each table part that is not fp32.
+        mlp_precision: bf16 writes each MLP as one node with weights in bfloat16.
     """
     inputs, outputs = signature(config, index_dtype)
+    rounded = mlp_weight_keys(config) if mlp_precision == "bf16" else frozenset()
     n = Nodes()
-    functions = []
-    groups = [group for group in config.groups if group.slots]
-    for group in groups:
-        attributes = BagAttributes.of(config, group)
-        overload = "" if len(groups) == 1 and not path_features(config) else group.name
-        _bags(n, attributes, group.name, overload, pooled_name(group.name))
-        functions.append(embedding_bag_function(attributes, overload))
-    pooled = [pooled_name(group.name) for group in config.groups]
-    slots = [len(group.slots) for group in config.groups]
-    for feature, table in path_features(config):
-        output, bodies = _path(n, config, feature, table, index_dtype)
-        pooled.append(output)
-        slots.append(1)
-        functions += bodies
+    functions: list[onnx.FunctionProto] = []
     dense_values = transformed_dense(n, config)
-    x = mlp(n, dense_values, bottom_keys(config), "bottom") if config.dense_features else ""
+    chain = _chain_writer(n, functions) if mlp_precision == "bf16" else None
+    x = mlp(n, dense_values, bottom_keys(config), "bottom", chain) if config.dense_features else ""
+    if fuses(config):
+        pooled: list[str] = []
+        x = _fused_bags(n, config, x, table_formats, functions)
+    else:
+        pooled, slots = _pooled(n, config, table_formats, functions)
 
-    def dot(first: str, others: str, output: str | None) -> str:
-        functions.append(dot_interaction_function(other_vectors(config), config.self_interaction))
-        flag = int(config.self_interaction)
-        return n.op("DotInteraction", first, others, output=output, domain=DOMAIN, self_interaction=flag)
+        def dot(first: str, others: str, output: str | None) -> str:
+            functions.append(dot_interaction_function(other_vectors(config), config.self_interaction))
+            flag = int(config.self_interaction)
+            return n.op("DotInteraction", first, others, output=output, domain=DOMAIN, self_interaction=flag)
 
-    x = interact(n, config, x, vectors(n, config, pooled, slots), dot)
-    logits = score(n, config, x, dense_values, pooled)
+        x = interact(n, config, x, vectors(n, config, pooled, slots), dot, chain)
+    logits = score(n, config, x, dense_values, pooled, chain=chain)
     n.op("Squeeze", n.op("Sigmoid", logits), n.constant([1]), output="probabilities")
 
     graph = helper.make_graph(
@@ -99,7 +122,7 @@ def write_model(
         [value_info(spec) for spec in outputs],
         [
             *(external_table(record) for record in tables),
-            *(numpy_helper.from_array(np.ascontiguousarray(array), key) for key, array in dense.items()),
+            *(_bf16_tensor(key, array) if key in rounded else _tensor(key, array) for key, array in dense.items()),
         ],
     )
     return helper.make_model(
@@ -112,17 +135,92 @@ def write_model(
     )
 
 
+def fuses(config: ModelConfig) -> bool:
+    """Whether bags and interaction are one node: one table group, whose slots are the features' vectors."""
+    (first, *others), groups = runs(config), config.groups
+    return (
+        config.interaction == "dot"
+        and config.has_dense_vector
+        and not (others or config.wide or path_features(config))
+        and len(groups) == 1
+        and first.parts == ((0, 0),)
+        and first.count == len(groups[0].slots)
+        and first.projection is None
+    )
+
+
+def _fused_bags(
+    n: Nodes,
+    config: ModelConfig,
+    dense: str,
+    table_formats: Mapping[str, RowFormat] | None,
+    functions: list[onnx.FunctionProto],
+) -> str:
+    """The EmbeddingBagDotInteraction node of a model that `fuses`."""
+    (group,) = config.groups
+    attributes = BagAttributes.of(config, group, table_formats)
+    body = embedding_bag_dot_interaction_function(attributes, config.self_interaction, "")
+    del body.output[1:]  # the checker wants as many as the node has
+    functions.append(body)
+    return n.op(
+        "EmbeddingBagDotInteraction", dense, *_inputs(attributes, group.name),
+        output=INTERACTIONS, domain=DOMAIN, self_interaction=int(config.self_interaction),
+        **attributes.node_attributes(),
+    )  # fmt: skip
+
+
+def _pooled(
+    n: Nodes,
+    config: ModelConfig,
+    table_formats: Mapping[str, RowFormat] | None,
+    functions: list[onnx.FunctionProto],
+) -> tuple[list[str], list[int]]:
+    """The pooled outputs [B, T, D] of each table group and [B, 1, D] of each path feature; and their T."""
+    groups = [group for group in config.groups if group.slots]
+    for group in groups:
+        attributes = BagAttributes.of(config, group, table_formats)
+        overload = "" if len(groups) == 1 and not path_features(config) else group.name
+        _bags(n, attributes, group.name, overload, pooled_name(group.name))
+        functions.append(embedding_bag_function(attributes, overload))
+    pooled = [pooled_name(group.name) for group in config.groups]
+    slots = [len(group.slots) for group in config.groups]
+    for feature, table in path_features(config):
+        output, bodies = _path(n, config, feature, table, table_formats)
+        pooled.append(output)
+        slots.append(1)
+        functions += bodies
+    return pooled, slots
+
+
+def _chain_writer(n: Nodes, functions: list[onnx.FunctionProto]) -> Chain:
+    """Writes an MLP as one node, with a body of its own."""
+
+    def chain(x: str, layers: Sequence[tuple[str, str]], relu_last: bool, output: str | None) -> str:
+        overload = f"mlp{sum(function.name == 'Mlp' for function in functions)}"
+        functions.append(mlp_function(len(layers), relu_last, overload))
+        weights = [key for keys in layers for key in keys]
+        return n.op("Mlp", x, *weights, output=output, domain=DOMAIN, overload=overload, relu_last=int(relu_last))
+
+    return chain
+
+
 def _bags(n: Nodes, attributes: BagAttributes, group: str, overload: str, output: str, ids: str = "indices") -> str:
     """One TableBatchedEmbeddingBag node."""
-    actual = {"weights": f"tables_{group}", "per_sample_weights": "weights", "indices": ids}
     return n.op(
-        "TableBatchedEmbeddingBag", *(actual.get(name, name) for name in attributes.inputs()),
+        "TableBatchedEmbeddingBag", *_inputs(attributes, group, ids),
         output=output, domain=DOMAIN, overload=overload, **attributes.node_attributes(),
     )  # fmt: skip
 
 
+def _inputs(attributes: BagAttributes, group: str, ids: str = "indices") -> list[str]:
+    """The graph's tensors behind the inputs of a node's bags."""
+    actual = {matrix_input(kind): tensor_name(group, kind) for kind in ROW_FORMATS}
+    actual |= {"per_sample_weights": "weights", "indices": ids}
+    return [actual.get(name, name) for name in attributes.inputs()]
+
+
 def _path(
-    n: Nodes, config: ModelConfig, feature: int, table: TableConfig, index_dtype: str
+    n: Nodes, config: ModelConfig, feature: int, table: TableConfig, table_formats: Mapping[str, RowFormat] | None
 ) -> tuple[str, list[onnx.FunctionProto]]:
     """The pooled vector [B, 1, W] of a feature of a path table, and the bodies of its nodes.
 
@@ -147,7 +245,8 @@ def _path(
         for part in group.parts:
             if part not in table.parts:
                 continue
-            attributes = BagAttributes.of_ids(config, feature, part, group.rows_of(part.name).start)
+            kind, row_start = GroupLayout.of(group, table_formats).place(part.name)
+            attributes = BagAttributes.of_ids(config, feature, part, row_start, kind)
             overload = f"{name}.{part.name}"  # names hold no dots, so no two pairs give one
             looked_up = _bags(n, attributes, group.name, overload, f"rows_{overload}", ids)
             rows.append((table.parts.index(part), n.op("Squeeze", looked_up, n.constant([1]))))
@@ -173,15 +272,30 @@ def _path(
     return n.op("Unsqueeze", x, n.constant([1]), output=path_name(name)), bodies
 
 
+def _tensor(name: str, values: npt.NDArray[np.float32]) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.ascontiguousarray(values), name)
+
+
+def _bf16_tensor(name: str, values: npt.NDArray[np.float32]) -> onnx.TensorProto:
+    """An initializer of the nearest bfloat16 numbers."""
+    raw = to_bf16(values).astype("<u2").tobytes()
+    return TensorProto(name=name, data_type=TensorProto.BFLOAT16, dims=values.shape, raw_data=raw)
+
+
 def value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(spec.name, _ONNX_TYPES[spec.dtype], spec.shape)
 
 
 def external_table(record: TableGroupRecord) -> onnx.TensorProto:
-    """An initializer whose values lie in the group's file."""
-    tensor = TensorProto(name=f"tables_{record.name}", data_type=TensorProto.FLOAT, dims=(record.rows, record.width))
+    """An initializer whose rows lie in the matrix's file; int8 and int4 rows are bytes."""
+    tensor = TensorProto(
+        name=tensor_name(record.name, record.format),
+        data_type=_TABLE_TYPES[record.format],
+        dims=(record.rows, stored_columns(record.format, record.width)),
+    )
     tensor.data_location = TensorProto.EXTERNAL
-    entries: dict[str, Any] = {"location": record.file, "offset": 0, "length": record.rows * record.width * 4}
+    length = record.rows * row_bytes(record.format, record.width)
+    entries: dict[str, Any] = {"location": record.file, "offset": 0, "length": length}
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor

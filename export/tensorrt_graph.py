@@ -1,8 +1,8 @@
 """Writes the graph of a DLRM in the form that TensorRT builds.
 
-The same model as `graph.write_model`, with three differences: ids and offsets are int32; bags of varying length are
-padded to a length fixed at build time, because TensorRT has no scatter-add; and MLPs and interaction may run in fp16 or
-bf16, between fp32 tables and an fp32 last layer. Everything is standard operators: TensorRT sees none of ours.
+The same model as `graph.write_model`, with two differences: embedding bags are those of `tensorrt_pooling`; and MLPs
+and interaction may run in fp16 or bf16, between pooled vectors in fp32 and an fp32 last layer. Everything is standard
+operators: TensorRT sees none of ours.
 
 Index policy error becomes clamp here: the host refuses bad ids before it executes a plan, and a plan that is run by
 anything else still never reads outside a table.
@@ -11,7 +11,7 @@ anything else still never reads outside a table.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,46 +26,48 @@ from dlrm_deploy.export.blocks import (
     interact,
     mlp,
     other_vectors,
-    path_mlps,
     score,
     transformed_dense,
     vectors,
 )
-from dlrm_deploy.export.function_bodies import dot_interaction, policy_rows, pool_fixed
+from dlrm_deploy.export.function_bodies import dot_interaction
 from dlrm_deploy.export.graph import IR_VERSION, signature, value_info
 from dlrm_deploy.export.nodes import OPSET, Nodes
+from dlrm_deploy.export.tensorrt_pooling import PlanBags, table_constant, table_inputs
+from dlrm_deploy.formats import GroupLayout, RowFormat, tensor_name
 from dlrm_deploy.model.keys import WIDE_BIAS, WIDE_DENSE, bottom_keys, top_keys
-from dlrm_deploy.model.stage_names import path_name, pooled_name
+from dlrm_deploy.model.stage_names import pooled_name
 from dlrm_deploy.model.vectors import path_features
-from dlrm_deploy.ops.contract import BagAttributes
-from dlrm_deploy.tables import TableConfig
+from dlrm_deploy.ops.contract import by_format
 
 FloatArray = npt.NDArray[np.float32]
+StoredTables = FloatArray | Mapping[RowFormat, npt.NDArray[Any]]
+_ELEMENT_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int32": TensorProto.INT32,
+    "int8": TensorProto.INT8,
+}
 _TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _MAX_PROTOBUF_BYTES = (2 << 30) - (16 << 20)
 _ARITHMETIC = frozenset({"Add", "Gemm", "MatMul", "Mul", "ReduceSum", "Relu"})
 
 
-def table_tensor(group: str) -> str:
-    """Name of the tensor that holds a table group's matrix."""
-    return f"tables_{group}"
-
-
-def plan_inputs(config: ModelConfig, table_inputs: bool) -> tuple[TensorSpec, ...]:
+def plan_inputs(
+    config: ModelConfig, tables_as_inputs: bool, table_formats: Mapping[str, RowFormat] | None = None
+) -> tuple[TensorSpec, ...]:
     """Inputs of the graph: those of the bundle's model with int32 ids, then the tables if they are inputs."""
     inputs, _ = signature(config, "int32")
-    tables = [
-        TensorSpec(name=table_tensor(group.name), dtype="float32", shape=(group.rows, group.width))
-        for group in config.groups
-    ]
-    return (*inputs, *(tables if table_inputs else ()))
+    return (*inputs, *(table_inputs(config, table_formats or {}) if tables_as_inputs else ()))
 
 
 def write_tensorrt_model(
     config: ModelConfig,
     dense: Mapping[str, FloatArray],
-    tables: Sequence[FloatArray] | None,
+    tables: Sequence[StoredTables] | None,
     *,
+    table_formats: Mapping[str, RowFormat] | None = None,
     max_bag: int,
     precision: Precision = "fp32",
 ) -> onnx.ModelProto:
@@ -74,7 +76,9 @@ def write_tensorrt_model(
     Args:
         config: the architecture.
         dense: parameters by checkpoint key (`dlrm_deploy.model.keys.dense_shapes`).
-        tables: the matrix of each of `config.groups`, to be constants; None to make them inputs.
+        tables: the stored matrices of each of `config.groups` by their format, or its fp32 matrix, to be constants;
+            None to make them inputs.
+        table_formats: row format of each table part that is not fp32.
         max_bag: ids that a bag can hold at most; what a longer bag holds beyond it is not read. Fixed pooling factors
             need no padding and ignore it.
         precision: number format of MLPs and interaction.
@@ -82,16 +86,15 @@ def write_tensorrt_model(
     Raises:
         EngineError: weights do not fit `precision`, tables are too large for constants or for int32 row numbers.
     """
-    _check_sizes(config, tables)
+    _check_sizes(config, table_formats or {}, constants=tables is not None)
     n = Nodes()
     groups = config.groups
-    pooled = [pooled_name(group.name) for group in groups]
+    bags = PlanBags(n, config, table_formats or {}, max_bag=max_bag, as_inputs=tables is None)
     for group in groups:
         if group.slots:
-            attributes = BagAttributes.of(config, group)
-            _pool(n, config, attributes, table_tensor(group.name), max_bag, pooled_name(group.name))
-    for feature, table in path_features(config):
-        pooled.append(_pool_path(n, config, feature, table, max_bag))
+            bags.group(group)
+    pooled = [pooled_name(group.name) for group in groups]
+    pooled += [bags.path(feature, table) for feature, table in path_features(config)]
     slots = [len(group.slots) for group in groups] + [1] * len(path_features(config))
     dense_values = transformed_dense(n, config)
     x = mlp(n, _cast(n, dense_values, precision), bottom_keys(config), "bottom") if config.dense_features else ""
@@ -109,13 +112,17 @@ def write_tensorrt_model(
 
     single = {WIDE_DENSE, WIDE_BIAS, *(top_keys(config)[-1:] or ((),))[0]}
     initializers = [_weight(key, array, "fp32" if key in single else precision) for key, array in dense.items()]
-    for group, matrix in zip(config.groups, tables or (), strict=tables is not None):
-        initializers.append(numpy_helper.from_array(np.ascontiguousarray(matrix), table_tensor(group.name)))
+    for group, stored in zip(config.groups, tables or (), strict=tables is not None):
+        for kind, matrix in by_format(stored).items():
+            initializers.append(table_constant(tensor_name(group.name, kind), kind, matrix, group.width))
     _, outputs = signature(config, "int32")
     graph = helper.make_graph(
         n.nodes,
         config.name,
-        [value_info(spec) for spec in plan_inputs(config, tables is None)],
+        [
+            helper.make_tensor_value_info(spec.name, _ELEMENT_TYPES[spec.dtype], spec.shape)
+            for spec in plan_inputs(config, tables is None, table_formats)
+        ],
         [value_info(spec) for spec in outputs],
         initializers,
     )
@@ -163,130 +170,21 @@ def runnable_on_cpu(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def _check_sizes(config: ModelConfig, tables: Sequence[FloatArray] | None) -> None:
-    for group in config.groups:
-        if group.rows > np.iinfo(np.int32).max:
+def _check_sizes(config: ModelConfig, table_formats: Mapping[str, RowFormat], *, constants: bool) -> None:
+    layouts = [GroupLayout.of(group, table_formats) for group in config.groups]
+    for group, layout in zip(config.groups, layouts, strict=True):
+        rows = max(matrix.rows for matrix in layout.matrices)
+        if rows > np.iinfo(np.int32).max:
             raise EngineError(
-                f"table group {group.name} has {group.rows} rows, and a plan numbers rows in 32 bits. "
+                f"table group {group.name} has {rows} rows, and a plan numbers rows in 32 bits. "
                 "Use engine onnxruntime, or hash ids to fewer rows."
             )
-    if tables is not None and config.table_bytes > _MAX_PROTOBUF_BYTES:
+    total = sum(layout.bytes for layout in layouts)
+    if constants and total > _MAX_PROTOBUF_BYTES:
         raise EngineError(
-            f"tables of {config.table_bytes / 1e9:.1f} GB cannot be constants of a plan: an ONNX file holds 2 GB. "
+            f"tables of {total / 1e9:.1f} GB cannot be constants of a plan: an ONNX file holds 2 GB. "
             "Build with --tables input."
         )
-
-
-def _never_fails(attributes: BagAttributes) -> BagAttributes:
-    """Without what the host does before: it refuses bad ids, and takes the modulo, in 64 bits."""
-    policy = "clamp" if attributes.index_policy == "error" else attributes.index_policy
-    return replace(attributes, index_policy=policy, moduli=())
-
-
-def _pool_path(n: Nodes, config: ModelConfig, feature: int, table: TableConfig, max_bag: int) -> str:
-    """The pooled vector [B, 1, W] of a feature of a path table: its ids, padded where bags vary, one by one."""
-    factors, name = config.pooling_factors, config.features[feature].name
-    filled = lengths = None
-    if factors is None:
-        bag = max_bag
-        starts, ends = (_bag_bounds(n, config, (feature,), side) for side in ("first", "last"))  # [1, B, 1]
-        places = n.op("Add", starts, n.constant(np.arange(max_bag)[None, None], np.int32))
-        filled = n.op("Less", places, ends)
-        lengths = n.op("Sub", ends, starts)
-        places = n.op("Reshape", n.op("Where", filled, places, n.constant(0, np.int32)), n.constant([-1]))
-    else:
-        bag = factors[feature]
-        batch = n.op("Div", n.op("Shape", "indices"), n.constant([sum(factors)]))
-        first = n.op("Mul", batch, n.constant([sum(factors[:feature])]))
-        last = n.op("Mul", batch, n.constant([sum(factors[: feature + 1])]))
-
-    def of_feature(values: str) -> str:
-        return n.op("Gather", values, places) if factors is None else n.op("Slice", values, first, last)
-
-    ids = of_feature("indices")
-    rows = []
-    for part in table.parts:
-        group = next(group for group in config.groups if part in group.parts)
-        a = _never_fails(BagAttributes.of_ids(config, feature, part, group.rows_of(part.name).start))
-        looked_up = f"rows_{name}.{part.name}"
-        pool_fixed(n, a, (1,), ids=ids, table=table_tensor(group.name), weights="", output=looked_up, dtype=np.int32)
-        rows.append(n.op("Squeeze", looked_up, n.constant([1])))
-    x = path_mlps(n, table, rows)
-    if config.weighted:
-        x = n.op("Mul", x, n.op("Unsqueeze", of_feature("weights"), n.constant([1])))
-    x = n.op("Reshape", x, n.constant([-1, bag, table.width]))
-    if filled is not None:
-        kept = n.op("Unsqueeze", n.op("Squeeze", filled, n.constant([0])), n.constant([2]))
-        x = n.op("Where", kept, x, n.constant(0.0, np.float32))
-    mean = config.features[feature].pooling == "mean"
-    x = n.op("ReduceSum", x, n.constant([1]), keepdims=1, output=None if mean else path_name(name))
-    if mean:
-        divisor = n.constant(float(bag), np.float32)
-        if lengths is not None:
-            counted = n.op("Max", n.op("Reshape", lengths, n.constant([-1, 1, 1])), n.constant(1, np.int32))
-            divisor = n.op("Cast", counted, to=TensorProto.FLOAT)
-        x = n.op("Div", x, divisor, output=path_name(name))
-    return x
-
-
-def _bag_bounds(n: Nodes, config: ModelConfig, features: Sequence[int], side: str) -> str:
-    """First or last bounds of the bags of some features, [T, B, 1] int32."""
-    if config.dense_features:
-        # The batch size comes from `dense`: TensorRT then knows that pooled vectors and dense vectors go together.
-        shape = n.op("Concat", n.constant([len(config.features)]), n.op("Shape", "dense", end=1), axis=0)
-    else:
-        shape = n.constant([len(config.features), -1])
-    first, last = (0, -1) if side == "first" else (1, np.iinfo(np.int32).max)
-    cut = n.op("Slice", "offsets", n.constant([first]), n.constant([last]), n.constant([0]))
-    by_feature = n.op("Reshape", cut, shape)
-    if tuple(features) != tuple(range(len(config.features))):
-        by_feature = n.op("Gather", by_feature, n.constant(features))
-    return n.op("Unsqueeze", by_feature, n.constant([2]))
-
-
-def _pool(n: Nodes, config: ModelConfig, attributes: BagAttributes, table: str, max_bag: int, output: str) -> str:
-    a = _never_fails(attributes)
-    if a.pooling_factors is None:
-        _pool_padded(n, config, a, table, max_bag, output)
-    else:
-        pool_fixed(
-            n, a, a.pooling_factors,
-            ids="indices", table=table, weights="weights", output=output, dtype=np.int32,
-        )  # fmt: skip
-    return output
-
-
-def _pool_padded(n: Nodes, config: ModelConfig, a: BagAttributes, table: str, max_bag: int, output: str) -> None:
-    """Pad bags to `max_bag` ids, gather [T, B, L, D], drop the padding with Where and sum over L.
-
-    Where rather than a product with a mask: a NaN or an infinity in a row that only pads must not reach the sum.
-    """
-    i32 = np.int32
-    starts, ends = (_bag_bounds(n, config, a.features, side) for side in ("first", "last"))
-    places = n.op("Add", starts, n.constant(np.arange(max_bag)[None, None], i32))
-    filled = n.op("Less", places, ends)
-    places = n.op("Where", filled, places, n.constant(0, i32))
-    ids = n.op("Gather", "indices", places)
-    # Padding reads whichever id stands first; the policy keeps it inside the table like any other id.
-    total = n.op("Gather", n.op("Shape", table), n.constant(0))
-    slots = range(len(a.features))
-    row_TBL, bad = policy_rows(
-        n, ids, a, slots, lambda values: n.constant(values[:, None, None], values.dtype), total, i32
-    )
-    kept = n.op("And", filled, n.op("Not", bad)) if bad else filled
-    gathered = n.op("Gather", table, row_TBL)
-    last = n.constant([3])
-    if a.weighted:
-        weights = n.op("Unsqueeze", n.op("Gather", "weights", places), last)
-        gathered = n.op("Mul", gathered, weights)
-    gathered = n.op("Where", n.op("Unsqueeze", kept, last), gathered, n.constant(0.0, np.float32))
-    pooled = n.op("ReduceSum", gathered, n.constant([2]), keepdims=0)
-    if any(a.mean):
-        mean = n.constant(np.array(a.mean)[:, None, None], i32)
-        lengths = n.op("Mul", n.op("Sub", ends, starts), mean)
-        divisor = n.op("Max", lengths, n.constant(1, i32))
-        pooled = n.op("Div", pooled, n.op("Cast", divisor, to=TensorProto.FLOAT))
-    n.op("Transpose", pooled, perm=[1, 0, 2], output=output)
 
 
 def _cast(n: Nodes, x: str, precision: Precision) -> str:

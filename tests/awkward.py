@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from dlrm_deploy.formats import ROW_FORMATS, RowFormat, encode
+from dlrm_deploy.ops.contract import by_format
 from dlrm_deploy.ops.reference import table_batched_embedding_bag
 
 
 @dataclass(frozen=True)
 class BagCase:
-    """One call of TableBatchedEmbeddingBag: arrays, and attributes under their names in docs/operators.md."""
+    """One call of TableBatchedEmbeddingBag: arrays, and attributes under their names in docs/operators.md.
+
+    `weights` is the fp32 matrix, or the stored matrices by format.
+    """
 
     name: str
-    weights: np.ndarray
+    weights: np.ndarray | Mapping[RowFormat, np.ndarray]
     indices: np.ndarray
     offsets: np.ndarray | None
     attributes: dict[str, Any]
     per_sample_weights: np.ndarray | None = None
+
+    @property
+    def matrices(self) -> Mapping[RowFormat, np.ndarray]:
+        return by_format(self.weights)
+
+    @property
+    def width(self) -> int:
+        return self.attributes.get("width") or self.weights.shape[1]
 
     def expected(self) -> np.ndarray:
         return table_batched_embedding_bag(
@@ -106,6 +120,68 @@ def awkward_bags() -> list[BagCase]:
         fixed_case("fixed_one_id_weighted", [1, 1, 1], 4, weighted=True),
         fixed_case("fixed_some_features", [2, 1, 2], 3, rows=(7, 3), features=(2, 1)),
     ]
+
+
+def stored_case(case: BagCase, formats: Sequence[RowFormat], name: str | None = None) -> BagCase:
+    """The same bags over rows in other formats; formats[t] is that of slot t, whose part no other slot reads."""
+    slots = zip(formats, case.attributes["row_starts"], case.attributes["rows"], strict=True)
+    pieces: dict[RowFormat, list[np.ndarray]] = {}
+    row_starts = []
+    for format, start, rows in slots:
+        stored = pieces.setdefault(format, [])
+        row_starts.append(sum(len(piece) for piece in stored))
+        stored.append(encode(format, case.weights[start : start + rows]))
+    attributes = {
+        **case.attributes,
+        "row_starts": tuple(row_starts),
+        "formats": tuple(ROW_FORMATS.index(format) for format in formats),
+        "width": case.width,
+    }
+    matrices = {format: np.concatenate(pieces[format]) for format in ROW_FORMATS if format in pieces}
+    return replace(case, name=name or f"{case.name}_{'_'.join(formats)}", weights=matrices, attributes=attributes)
+
+
+MIXES: dict[str, tuple[RowFormat, ...]] = {
+    "fp16": ("fp16",),
+    "bf16": ("bf16",),
+    "int8": ("int8",),
+    "int4": ("int4",),
+    "mixed_without_fp32": ("int4", "bf16", "int8"),
+    "mixed": ("int8", "fp32", "fp16"),
+}
+"""Row formats of slots in turn."""
+
+
+def stored_bags() -> list[BagCase]:
+    """The awkward bags over rows of each format and over two mixtures, and rows that are hard to store."""
+    cases = []
+    for name, mix in MIXES.items():
+        for case in [*awkward_bags(), *hard_rows()]:
+            slots = len(case.attributes["features"])
+            formats = tuple(mix[t % len(mix)] for t in range(slots))
+            if np.isfinite(case.weights).all() or not {"int8", "int4"} & set(formats):
+                cases.append(stored_case(case, formats, f"{case.name}_{name}"))
+    return cases
+
+
+def hard_rows() -> list[BagCase]:
+    """Rows of one value, of tiny and huge ranges, and those whose stored bias is above all values."""
+    lengths = [[6, 0, 1], [6, 6, 0], [1, 1, 6]]
+    cases = []
+    for width in (1, 5, 32):
+        case = csr_case(f"hard_rows_{width}", lengths, rows=(8, 8, 8), width=width, weighted=width == 5)
+        shifted = case.weights[:8]
+        shifted[0] = 0.1
+        shifted[1] = -0.1  # rounded up in float16: the scale is negative
+        shifted[2] = shifted[2] * np.float32(1e-6) - np.float32(100)
+        shifted[3] *= np.float32(1e-8)
+        shifted[4] *= np.float32(1e-42)
+        shifted[5] = np.linspace(-65000, 65000, width)
+        shifted[6] = 0
+        shifted[7] = np.where(np.arange(width) % 2, np.float32(3e-5), np.float32(-6.1e-5))
+        case.weights[8:16], case.weights[16:24] = shifted, -shifted
+        cases.append(case)
+    return cases
 
 
 def out_of_range_bags(policy: str) -> list[BagCase]:

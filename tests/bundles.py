@@ -8,6 +8,7 @@ from pathlib import Path
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.export.bundle import export_bundle
+from dlrm_deploy.export.convert import convert_bundle
 from dlrm_deploy.export.sources import RandomSource
 from dlrm_deploy.presets import preset
 from dlrm_deploy.tables import TableConfig
@@ -101,3 +102,17 @@ CONFIGS: dict[str, ModelConfig] = {
 
 def make_bundle(name: str, out: Path, **options: object) -> Bundle:
     return export_bundle(RandomSource(CONFIGS[name], seed=3), out, **options)
+
+
+CONVERSIONS: dict[str, dict[str, str]] = {
+    "fp16": {"tables": "fp16", "mlp": "fp32"},
+    "bf16": {"tables": "bf16", "mlp": "bf16"},
+    "int8": {"tables": "int8", "mlp": "fp32"},
+    "int4": {"tables": "int4", "mlp": "bf16"},
+}
+"""Number formats of `make_converted`, by a short name."""
+
+
+def make_converted(name: str, conversion: str, folder: Path) -> Bundle:
+    """The bundle `make_bundle(name)` in other number formats, in `folder`."""
+    return convert_bundle(make_bundle(name, folder / "fp32"), folder / conversion, **CONVERSIONS[conversion])

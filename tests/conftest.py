@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from bundles import CONFIGS, make_bundle
+from bundles import CONFIGS, CONVERSIONS, make_bundle, make_converted
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +28,19 @@ def any_bundle(request, _bundle_folders):
 def bundle(tmp_path):
     """A small bundle of its own for a test that alters it."""
     return make_bundle("dot", tmp_path / "bundle")
+
+
+@pytest.fixture(
+    params=[
+        (kind, conversion) for kind in ("dot", "weighted", "one_hot", "parts", "fixed") for conversion in CONVERSIONS
+    ],
+    ids="-".join,
+)
+def converted_bundle(request, _bundle_folders):
+    """Some models of `bundles.CONFIGS` in each of `bundles.CONVERSIONS`. Read only: made once."""
+    made, folder = _bundle_folders
+    if request.param not in made:
+        place = folder / "-".join(request.param)
+        place.mkdir()
+        made[request.param] = make_converted(*request.param, place)
+    return made[request.param]

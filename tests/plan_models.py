@@ -6,6 +6,7 @@ import numpy as np
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.config import FeatureConfig, ModelConfig
+from dlrm_deploy.formats import decode, encode
 from dlrm_deploy.model.keys import bottom_keys, cross_keys, dense_shapes, top_keys
 from dlrm_deploy.ops.contract import BagAttributes
 from dlrm_deploy.ops.reference import table_batched_embedding_bag
@@ -72,6 +73,31 @@ def weights_of(config: ModelConfig, seed: int = 0) -> tuple[dict[str, np.ndarray
         key: rng.standard_normal(shape, np.float32) * np.float32(0.3) for key, shape in dense_shapes(config).items()
     }
     return dense, [rng.standard_normal((group.rows, group.width), np.float32) for group in config.groups]
+
+
+def part_formats(config: ModelConfig, kind: str) -> dict[str, str]:
+    """Row format of each table part: one for all, or with "mixed" all formats in turn."""
+    parts = [part.name for group in config.groups for part in group.parts]
+    return {name: ("int8", "fp32", "int4", "bf16", "fp16")[i % 5] if kind == "mixed" else kind
+            for i, name in enumerate(parts)}  # fmt: skip
+
+
+def stored_tables(
+    config: ModelConfig, tables: list[np.ndarray], formats: dict[str, str]
+) -> tuple[list[dict[str, np.ndarray]], list[np.ndarray]]:
+    """Of the fp32 matrix of each table group: the stored matrices by format, and the fp32 matrix of what they hold."""
+    stored, values = [], []
+    for group, table in zip(config.groups, tables, strict=True):
+        encoded: dict[str, list[np.ndarray]] = {}
+        decoded = np.empty_like(table)
+        for part in group.parts:
+            rows = group.rows_of(part.name)
+            matrix = encode(formats[part.name], table[rows])
+            encoded.setdefault(formats[part.name], []).append(matrix)
+            decoded[rows] = decode(formats[part.name], matrix, part.width)
+        stored.append({kind: np.concatenate(matrices) for kind, matrices in encoded.items()})
+        values.append(decoded)
+    return stored, values
 
 
 def batch_of(config: ModelConfig, lengths: list[list[int]], seed: int = 0) -> Batch:

@@ -77,7 +77,7 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=2), "format version 2, and this dlrm-deploy reads version 1"),
+        (lambda m: m.update(format_version=3), "format version 3, and this dlrm-deploy reads versions up to 2"),
         (lambda m: m.update(format="other"), "is not the manifest of a dlrm-deploy bundle"),
         (lambda m: m.pop("model"), "is damaged"),
         (lambda m: m.pop("files"), "lists no hash for"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dlrm_deploy.errors import OutputError
-from dlrm_deploy.files import atomic_file, atomic_folder, sha256_file, sha256_folder
+from dlrm_deploy.files import atomic_file, atomic_folder, scratch_folder, sha256_file, sha256_folder
 
 
 def test_a_folder_appears_only_when_its_block_ends(tmp_path):
@@ -182,3 +182,20 @@ def test_a_link_is_written_through(tmp_path):
     assert link.is_symlink()
     assert (real / "manifest.json").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_scratch_folder_vanishes_and_so_do_those_of_killed_processes(tmp_path):
+    left = tmp_path / ".out.scratch.partial-999999999"
+    left.mkdir()
+    with scratch_folder(tmp_path / "out") as folder:
+        assert folder.parent == tmp_path
+        (folder / "file").write_text("x")
+        with atomic_folder(tmp_path / "out") as made:
+            (made / "manifest.json").write_text("{}")
+        assert (folder / "file").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(OutputError, match="exists already"), scratch_folder(tmp_path / "out"):
+        pytest.fail("entered")
+    with pytest.raises(ZeroDivisionError), scratch_folder(tmp_path / "out", overwrite=True):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

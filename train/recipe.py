@@ -22,7 +22,7 @@ from dlrm_deploy.config import (
     parse_toml,
     read_text,
 )
-from dlrm_deploy.data import movielens, random
+from dlrm_deploy.data import movielens, planted, random
 from dlrm_deploy.data.dataset import Schema, SparseFeature, Splits
 from dlrm_deploy.errors import ConfigError
 from dlrm_deploy.presets import preset
@@ -216,7 +216,37 @@ class RandomData:
         return config, random.load(config, self.size, self.seed, distribution=self.distribution)
 
 
-_DATA: dict[str, type[MovieLensData] | type[RandomData]] = {"movielens": MovieLensData, "random": RandomData}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlantedData:
+    """[data] kind = "planted": a made-up task of the shape of Criteo's, whose best possible AUC is known."""
+
+    size: int
+    """Samples to train on; a tenth as many more are for validation and test."""
+
+    kind: Literal["planted"] = "planted"
+    seed: int = 0
+    """Of teacher and samples."""
+
+    scale_rows: float = 0.001
+    """Multiply the numbers of ids of Criteo's Kaggle data."""
+
+    def __post_init__(self) -> None:
+        _check_count("[data] size", self.size)
+        _check_count("[data] seed", self.seed, least=0)
+        _check_number("[data] scale_rows", self.scale_rows, positive=True)
+
+    def load(self, model: ModelRecipe) -> tuple[ModelConfig, Splits]:
+        if not model.layers():
+            raise ConfigError("[model] the planted task has features of its own: give name, width and layers.")
+        schema, splits = model.select(*planted.load(self.size, self.seed, scale_rows=self.scale_rows))
+        return schema.model_config(**model.layers()), splits
+
+
+_DATA: dict[str, type[MovieLensData] | type[RandomData] | type[PlantedData]] = {
+    "movielens": MovieLensData,
+    "random": RandomData,
+    "planted": PlantedData,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,7 +317,7 @@ class Recipe:
     """The four sections. Two recipes are equal when they give the same run."""
 
     model: ModelRecipe
-    data: MovieLensData | RandomData
+    data: MovieLensData | RandomData | PlantedData
     train: TrainRecipe
     optimizer: OptimizerRecipe = OptimizerRecipe()
 

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from dlrm_deploy.config import ModelConfig
+from dlrm_deploy.bench.gather import GatherRows, calibrate_gather_rows
 from dlrm_deploy.engines import library
+from dlrm_deploy.errors import EngineError
 
 MILLISECONDS = 30.0
-"""Time spent on each of the three loops."""
+"""Time spent on each of the loops."""
 
 BUFFER_BYTES = 256 << 20
-"""Memory that is read: more than the caches of most CPUs, and filled anew in a fifth of a second."""
+"""Memory that is streamed: more than the caches of most CPUs, and filled anew in a fifth of a second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,44 +28,57 @@ class Calibration:
     fma_gflops: float
     """Fused multiply-adds in float32 registers, two operations each: 1e9 operations a second."""
 
+    amx_bf16_gflops: float | None
+    """Products of bfloat16 tiles in AMX registers; None where the CPU has no AMX."""
+
+    amx_int8_gops: float | None
+    """Products of int8 tiles likewise."""
+
     stream_gb_per_s: float
     """Reading memory from one end to the other."""
 
-    gather_gb_per_s: float
-    """Reading rows of `row_bytes` in random order."""
-
-    row_bytes: int
-    """Bytes of one table row of the model."""
-
-    gather_bytes: int
-    """Size of the table that the rows lie in: the model's, up to `BUFFER_BYTES`."""
+    gather: dict[int, float]
+    """By bytes of a row: GB/s of reading the very rows that the batches read, from the mapped tables."""
 
 
-def measure_calibration(config: ModelConfig, threads: int) -> Calibration:
-    """Run the three loops of the native library, with rows of the table group that most bytes are read from.
+def measure_calibration(threads: int, rows: Sequence[GatherRows]) -> Calibration:
+    """Run the loops of the native library.
+
+    Args:
+        threads: of each loop.
+        rows: what to gather; of several with as many bytes a row the longest list counts.
 
     Raises:
         EngineError: the native library is not there.
     """
-    groups = config.groups
-    read = [group.width * sum(config.features[slot.feature].longest_bag for slot in group.slots) for group in groups]
-    group = groups[read.index(max(read))]
-    row_bytes, gather_bytes = group.bytes // group.rows, min(group.bytes, BUFFER_BYTES)
+    by_size = {part.row_bytes: part for part in sorted(rows, key=lambda part: part.rows.size)}
     return Calibration(
         fma_gflops=library.calibrate_fma(threads, MILLISECONDS),
+        amx_bf16_gflops=_amx("bf16", threads),
+        amx_int8_gops=_amx("int8", threads),
         stream_gb_per_s=library.calibrate_read(BUFFER_BYTES, threads, MILLISECONDS),
-        gather_gb_per_s=library.calibrate_gather(row_bytes, gather_bytes, threads, MILLISECONDS),
-        row_bytes=row_bytes,
-        gather_bytes=gather_bytes,
+        gather={size: calibrate_gather_rows(part, threads, MILLISECONDS) for size, part in sorted(by_size.items())},
     )
+
+
+def _amx(kind: str, threads: int) -> float | None:
+    try:
+        return library.calibrate_amx(kind, threads, MILLISECONDS)
+    except EngineError:
+        return None  # no such instructions here
 
 
 def median_calibration(calibrations: Sequence[Calibration]) -> Calibration:
     """The median of each rate."""
+
+    def amx(values: list[float | None]) -> float | None:
+        measured = [value for value in values if value is not None]
+        return median(measured) if measured else None
+
     return Calibration(
         fma_gflops=median(c.fma_gflops for c in calibrations),
+        amx_bf16_gflops=amx([c.amx_bf16_gflops for c in calibrations]),
+        amx_int8_gops=amx([c.amx_int8_gops for c in calibrations]),
         stream_gb_per_s=median(c.stream_gb_per_s for c in calibrations),
-        gather_gb_per_s=median(c.gather_gb_per_s for c in calibrations),
-        row_bytes=calibrations[0].row_bytes,
-        gather_bytes=calibrations[0].gather_bytes,
+        gather={size: median(c.gather[size] for c in calibrations) for size in calibrations[0].gather},
     )

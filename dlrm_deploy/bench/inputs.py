@@ -7,6 +7,7 @@ which would be charged to whichever small batch comes first.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ import numpy as np
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.data.dataset import LongArray
-from dlrm_deploy.data.random import Distribution, random_batch
+from dlrm_deploy.data.random import BatchDistribution, random_batch
+from dlrm_deploy.data.trace import Trace, TraceStream
 
 GATHERED_BYTES = 256 << 20
 """Bytes of table rows that the batches of one size should read together: more than the caches of most CPUs."""
+
+COMPARED_SAMPLES = 256
 
 MIN_BATCHES = 3
 MAX_BATCHES = 4096
@@ -37,18 +41,28 @@ def gathered_bytes(config: ModelConfig, batch: Batch) -> int:
 
 
 def rotating_batches(
-    config: ModelConfig, batch_size: int, seed: int, *, distribution: Distribution, index_dtype: np.dtype[Any]
+    config: ModelConfig,
+    batch_size: int,
+    seed: int,
+    *,
+    distribution: BatchDistribution,
+    index_dtype: np.dtype[Any],
+    trace: Trace | None = None,
 ) -> list[Batch]:
     """Distinct batches of one size, the same for the same seed whatever other sizes are measured.
 
     There are enough to read `GATHERED_BYTES` of rows, within `MIN_BATCHES` and `MAX_BATCHES` and as long as the inputs
-    themselves stay within that size too.
+    themselves stay within that size too. Of a trace, which goes with distribution "trace", they are one stream.
+
+    Raises:
+        DataError: the trace is not of such a model.
     """
     rng = np.random.default_rng([seed, batch_size])
+    stream = None if trace is None else TraceStream(trace, config, seed)
 
     def draw(count: int) -> list[Batch]:
         samples = count * batch_size
-        many = random_batch(config, samples, rng, distribution=distribution, index_dtype=index_dtype.type)
+        many = random_batch(config, samples, rng, distribution=distribution, trace=stream, index_dtype=index_dtype.type)
         return split(many, batch_size)
 
     batches = draw(1)
@@ -125,3 +139,37 @@ def _page_ids(config: ModelConfig, feature: FeatureConfig) -> LongArray:
     step = max(_PAGE_BYTES // (part.width * 4), 1)
     ids = np.arange(0, part.rows, step) * part.divisor
     return np.append(np.minimum(ids, table.rows - 1), table.rows - 1)
+
+
+class Inputs:
+    """The batches of a run. Those of the size in use are kept."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int,
+        *,
+        distribution: BatchDistribution,
+        index_dtype: np.dtype[Any],
+        trace: Trace | None = None,
+    ) -> None:
+        self._config = config
+        self._draw = partial(
+            rotating_batches, config, seed=seed, distribution=distribution, index_dtype=index_dtype, trace=trace
+        )
+        self._kept: tuple[int, list[Batch]] = (0, [])
+
+    def of_size(self, batch_size: int) -> list[Batch]:
+        """As `rotating_batches`."""
+        if self._kept[0] != batch_size:
+            self._kept = batch_size, self._draw(batch_size)
+        return self._kept[1]
+
+    def to_compare(self, batch_size: int) -> list[Batch]:
+        """Batches whose outputs are compared: `COMPARED_SAMPLES` samples or all, and the batch with the longest bag.
+
+        A plan takes bags up to some length: what scores the longest bag scores every batch.
+        """
+        batches = self.of_size(batch_size)
+        longest = max(batches, key=lambda batch: int(np.diff(batch.offsets).max(initial=0)))
+        return [longest, *batches[: -(-COMPARED_SAMPLES // batch_size)]]

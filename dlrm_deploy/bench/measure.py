@@ -1,4 +1,4 @@
-"""Time several callables against one another in one process: interleaved slices, rotating order, rotating inputs.
+"""Time several engines against one another: interleaved slices, rotating order, rotating inputs.
 
 A machine's speed drifts by up to 2x within minutes, so engines measured one after the other cannot be compared. Here
 each round gives every engine a slice of its own within a fraction of a second, and ratios are taken within a round.
@@ -7,7 +7,7 @@ each round gives every engine a slice of its own within a fraction of a second, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any
 
@@ -34,56 +34,70 @@ def order_of_round(names: Sequence[str], round_number: int) -> list[str]:
 
 
 def interleave(
-    calls: Mapping[str, Call],
-    batches: Sequence[Batch],
+    slices: Mapping[str, Callable[[], Nanoseconds]],
     *,
     rounds: int,
-    slice_ms: float,
     before_round: Callable[[int], None] = lambda round_number: None,
-    clock: Callable[[], int] = time.perf_counter_ns,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, list[Nanoseconds]]:
-    """Measure every callable for `rounds` slices of at least `slice_ms` and at least one call.
-
-    All callables walk the same cycle of batches. They start at different places in it, so that none finds the rows
-    that the one before has just brought into the caches.
+    """Give every engine `rounds` slices.
 
     Args:
-        calls: what to time, by name.
-        batches: inputs, at least one.
-        rounds: slices per callable.
-        slice_ms: a slice ends with the first call that ends after this time.
+        slices: measure one slice of each engine, by name: give the nanoseconds of each call.
+        rounds: slices an engine.
         before_round: called before each round with its number; its time is not measured.
-        clock: nanoseconds.
         sleep: seconds.
 
     Returns:
-        For each name, one array per round with the nanoseconds of each call.
+        For each name, one array per round.
     """
-    names = list(calls)
-    inputs = {name: _cycle_from(batches, i * len(batches) // len(names)) for i, name in enumerate(names)}
-    latencies: dict[str, list[Nanoseconds]] = {name: [] for name in names}
+    latencies: dict[str, list[Nanoseconds]] = {name: [] for name in slices}
     for round_number in range(rounds):
         before_round(round_number)
-        for name in order_of_round(names, round_number):
+        for name in order_of_round(list(slices), round_number):
             sleep(SETTLE_SECONDS)
-            latencies[name].append(_time_slice(calls[name], inputs[name], int(slice_ms * 1e6), clock))
+            latencies[name].append(slices[name]())
     return latencies
 
 
-def _cycle_from(batches: Sequence[Batch], start: int) -> Iterator[Batch]:
-    return islice(cycle(batches), start, None)
+class Slicer:
+    """Times calls over a cycle of batches, slice after slice."""
 
+    def __init__(
+        self,
+        call: Call,
+        batches: Sequence[Batch],
+        slice_ms: float,
+        *,
+        start: float = 0.0,
+        clock: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
+        """Prepare to measure.
 
-def _time_slice(call: Call, inputs: Iterator[Batch], slice_ns: int, clock: Callable[[], int]) -> Nanoseconds:
-    for _ in range(WARM_CALLS):
-        call(next(inputs))
-    latencies: list[int] = []
-    begin = now = clock()
-    while now - begin < slice_ns or not latencies:
-        batch = next(inputs)
-        start = clock()
-        call(batch)
-        now = clock()
-        latencies.append(now - start)
-    return np.array(latencies, np.int64)
+        Args:
+            call: what to time.
+            batches: inputs, at least one.
+            slice_ms: a slice ends with the first call that ends after this time; it has at least one.
+            start: where in the cycle to begin, 0 to 1. Engines begin at different places, so that none finds the rows
+                that the one before has just brought into the caches.
+            clock: nanoseconds.
+        """
+        self._call = call
+        self._inputs = islice(cycle(batches), int(start * len(batches)), None)
+        self._slice_ns = int(slice_ms * 1e6)
+        self._clock = clock
+
+    def __call__(self) -> Nanoseconds:
+        """Nanoseconds of each call of one slice."""
+        call, inputs, clock = self._call, self._inputs, self._clock
+        for _ in range(WARM_CALLS):
+            call(next(inputs))
+        latencies: list[int] = []
+        begin = now = clock()
+        while now - begin < self._slice_ns or not latencies:
+            batch = next(inputs)
+            start = clock()
+            call(batch)
+            now = clock()
+            latencies.append(now - start)
+        return np.array(latencies, np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from dlrm_deploy.bench.rows import QUIET_LOAD, BenchReport, BenchRow, readable_bytes
 from dlrm_deploy.errors import MissingDependencyError
@@ -27,6 +28,8 @@ _LABELS = {
     "torch": "PyTorch eager",
 }
 _GREY = "#555555"
+_SHADES = ("#56B4E9", "#A6761D", "#7570B3", "#666666", "#1B9E77", "#B8860B")
+_MARKERS = ("P", "X", "*", "h", "<", ">", "p", "d")
 
 
 def check_can_plot() -> None:
@@ -57,7 +60,9 @@ def plot(report: BenchReport, out: Path) -> None:
     _finish(latency, sizes, "Latency, median of all calls", "milliseconds per batch (lower is better)")
     latency.plot([], [], color=_GREY, linestyle=":", linewidth=1, label="99th percentile")
     handles, labels = latency.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, 0.085))
+    figure.legend(
+        handles, labels, loc="lower center", ncols=min(len(labels), 6), frameon=False, bbox_to_anchor=(0.5, 0.085)
+    )
     figure.suptitle(_title(report), fontsize=12, fontweight="bold", x=0.01, ha="left")
     figure.text(0.01, 0.02, _footer(report), fontsize=7.5, color=_GREY, linespacing=1.5)
     figure.tight_layout(rect=(0, 0.14, 1, 0.99))
@@ -66,8 +71,8 @@ def plot(report: BenchReport, out: Path) -> None:
 
 
 def _draw(throughput: Axes, latency: Axes, engine: str, rows: list[BenchRow]) -> None:
-    color, marker = _STYLES[engine]
-    width = 2.4 if engine == "onnxruntime" else 1.6
+    color, marker = _STYLES.get(engine) or _other_style(engine)
+    width = 2.4 if engine.partition("[")[0] == "onnxruntime" else 1.6
     batches = [row.batch for row in rows]
     line: dict[str, Any] = {
         "color": color,
@@ -79,6 +84,11 @@ def _draw(throughput: Axes, latency: Axes, engine: str, rows: list[BenchRow]) ->
     throughput.plot(batches, [row.timing.samples_per_s for row in rows], **line)
     latency.plot(batches, [row.timing.p50_ms for row in rows], **line)
     latency.plot(batches, [row.timing.p99_ms for row in rows], color=color, linestyle=":", linewidth=1)
+
+
+def _other_style(engine: str) -> tuple[str, str]:
+    """Peers and variants: one of a few shades and markers by name, the same in every picture."""
+    return _SHADES[crc32(engine.encode()) % len(_SHADES)], _MARKERS[crc32(engine[::-1].encode()) % len(_MARKERS)]
 
 
 def _finish(axes: Axes, sizes: list[int], title: str, unit: str) -> None:
@@ -125,13 +135,13 @@ def _footer(report: BenchReport) -> str:
             for values in (
                 [c.fma_gflops for c in calibrations],
                 [c.stream_gb_per_s for c in calibrations],
-                [c.gather_gb_per_s for c in calibrations],
+                [rate for c in calibrations for rate in c.gather.values()],
             )
         ]
         (fma, stream, gather) = (f"{low:.3g}" if low == high else f"{low:.3g}-{high:.3g}" for low, high in low_high)
         calibrated = (
             f"limits measured in the same rounds: {fma} GFLOP/s fp32 FMA, {stream} GB/s streaming read, "
-            f"{gather} GB/s random {calibrations[0].row_bytes}-byte rows"
+            f"{gather} GB/s rows of the batches"
         )
     load = max(row.other_load or 0.0 for row in report.rows)
     if load > QUIET_LOAD:

@@ -1,15 +1,16 @@
-"""The results of a benchmark: frozen rows of facts that can be rerun from themselves."""
+"""The results of a benchmark: frozen rows of facts that can be rerun from themselves (fields: docs/bench.md)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
 from dlrm_deploy.bench.calibration import Calibration
 from dlrm_deploy.bench.measure import Nanoseconds
+from dlrm_deploy.bench.work import Floor, Work
 
 QUIET_LOAD = 0.1
 """Share of the machine that other processes may use before numbers are doubtful."""
@@ -62,11 +63,76 @@ def summarise(rounds: Sequence[Nanoseconds], baseline: Sequence[Nanoseconds], ba
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OverFloor:
+    """How far an engine is from what the machine's limits allow."""
+
+    floor_ms: float
+    """Gathering the rows and then computing, at the calibrated rates: median over the rounds."""
+
+    floor_overlap_ms: float
+    """The same with both at once: the longer of the two."""
+
+    times_floor: float
+    """Median over rounds of (the engine's median time per call / `floor_ms` of that round)."""
+
+    times_floor_overlap: float
+
+
+def over_floor(rounds: Sequence[Nanoseconds], floors: Sequence[Floor]) -> OverFloor:
+    """Compare the calls of each round with the floor calibrated before it."""
+    medians_ms = np.array([np.median(calls) for calls in rounds]) / _NS_PER_MS
+    sums = np.array([floor.sum_ms for floor in floors])
+    overlaps = np.array([floor.overlap_ms for floor in floors])
+    return OverFloor(
+        floor_ms=float(np.median(sums)),
+        floor_overlap_ms=float(np.median(overlaps)),
+        times_floor=float(np.median(medians_ms / sums)),
+        times_floor_overlap=float(np.median(medians_ms / overlaps)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """How near an engine's probabilities are to the reference's, on batches of the size measured, before timing."""
+
+    max_abs_difference: float
+    correlation: float | None
+    """Of the logits; None where there are too few samples or they do not vary."""
+
+    spread_error: float | None
+    """Root mean square difference of the logits / standard deviation of the reference's. Random weights make all
+    probabilities nearly alike, so that a small absolute difference alone proves little."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """What an engine takes to be ready."""
+
+    load_seconds: float
+    """Opening it, without reading the tables."""
+
+    resident_bytes: int | None
+    """Memory of its own after the first call, mapped tables not counted; None where the system does not tell. In one
+    process with other engines it is what the process grew by; with --isolate it is exact."""
+
+    stored_table_bytes: int
+    """Tables as it stores them, mapped or its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRow:
     """One engine at one batch size."""
 
     model: str
     engine: str
+    """Name of the engine, with number formats in brackets unless both are fp32: `onnxruntime[int8,bf16]`."""
+
+    tables: str
+    """Row format of its tables."""
+
+    mlp: str
+    """Number format of its MLPs and interaction."""
+
     engine_version: str
     implementations: dict[str, str]
     """Which implementation each of our operators used."""
@@ -74,9 +140,7 @@ class BenchRow:
     batch: int
     timing: Timing
     baseline: str
-    max_abs_difference: float
-    """Largest difference of a probability from the reference engine's, on one batch, before timing."""
-
+    agreement: Agreement
     distinct_batches: int
     other_load: float | None
     """Share of the machine's cores, 0 to 1, that other processes used meanwhile; None where it is unknown."""
@@ -84,12 +148,38 @@ class BenchRow:
     calibration: Calibration | None
     """Medians over the rounds; None where the native library is not there."""
 
+    work: Work
+    floor: OverFloor | None
+    """None without calibration."""
+
+    footprint: Footprint
+    breakdown: dict[str, float] | None
+    """Share of the time of all nodes by operator, of ONNX Runtime's engines where it was asked for."""
+
     def facts(self) -> dict[str, object]:
-        """Plain values, those of `timing` on the same level as the rest."""
-        plain = asdict(self)
-        timing = plain.pop("timing")
-        calibration = plain.pop("calibration")
-        return {**plain, **timing, "calibration": calibration}
+        """Plain values, all on one level but `implementations`, `calibration` and `breakdown`."""
+        nothing = dict.fromkeys(field.name for field in fields(OverFloor))
+        return {
+            "kind": "throughput",
+            "model": self.model,
+            "engine": self.engine,
+            "tables": self.tables,
+            "mlp": self.mlp,
+            "engine_version": self.engine_version,
+            "implementations": self.implementations,
+            "batch": self.batch,
+            **asdict(self.timing),
+            "baseline": self.baseline,
+            **asdict(self.agreement),
+            "distinct_batches": self.distinct_batches,
+            "other_load": self.other_load,
+            "bytes_per_sample": self.work.bytes,
+            "flops_per_sample": self.work.flops,
+            **(nothing if self.floor is None else asdict(self.floor)),
+            **asdict(self.footprint),
+            "breakdown": self.breakdown,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +209,16 @@ class Circumstances:
     distribution: str
     rounds: int
     slice_ms: float
+    isolate: bool
+    """Whether each engine ran in a process of its own."""
+
+    prefault: bool
+    huge_pages: bool
+    """Of ONNX Runtime's engines."""
+
     table_bytes: int
+    """Of the model in fp32."""
+
     reference: str
     """The engine that outputs were compared with."""
 
@@ -142,7 +241,10 @@ class BenchReport:
         """One JSON object per line, each complete in itself; engines that did not run have `not_run` and no timing."""
         shared = asdict(self.circumstances)
         lines = [{**row.facts(), **shared} for row in self.rows]
-        lines += [{"engine": n.engine, "batch": n.batch, "not_run": n.reason, **shared} for n in self.not_run]
+        lines += [
+            {"kind": "throughput", "engine": n.engine, "batch": n.batch, "not_run": n.reason, **shared}
+            for n in self.not_run
+        ]
         return "".join(json.dumps(line) + "\n" for line in lines)
 
 

@@ -16,7 +16,9 @@ from dlrm_deploy.engines.tensorrt.options import DEFAULT_MAX_BATCH, TABLES, Tabl
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--engine", type=click.Choice(PLAN_ENGINES), default="tensorrt-rtx", help="Library to build with.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", help="Of MLPs and interaction.")
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), help="Of MLPs and interaction.  [default: that of the bundle's MLPs]"
+)
 @click.option(
     "--max-batch",
     type=click.IntRange(min=1),
@@ -34,7 +36,7 @@ from dlrm_deploy.engines.tensorrt.options import DEFAULT_MAX_BATCH, TABLES, Tabl
 def build(
     bundle: Path,
     engine: str,
-    precision: Precision,
+    precision: Precision | None,
     max_batch: int,
     max_bag: int | None,
     tables: Tables,
@@ -64,7 +66,7 @@ def build(
                     "sidecar": built.record.sidecar,
                     "bytes": sidecar.plan.size,
                     "library_version": sidecar.library_version,
-                    "precision": precision,
+                    "precision": sidecar.precision,
                     "compute_capabilities": sidecar.compute_capabilities,
                     "max_batch": max_batch,
                     "max_bag": sidecar.max_bag,
@@ -79,7 +81,7 @@ def build(
         return
     bags = "fixed bags" if sidecar.max_bag is None else f"bags of up to {sidecar.max_bag} ids"
     click.echo(f"Wrote {bundle / built.record.plan}: {sidecar.plan.size / 1e6:.1f} MB in {seconds:.1f} s")
-    click.echo(f"  {engine} {sidecar.library_version}, {precision}, up to {max_batch} samples, {bags}")
+    click.echo(f"  {engine} {sidecar.library_version}, {sidecar.precision}, up to {max_batch} samples, {bags}")
     click.echo(f"  tables: {placement}; layers: {len(sidecar.layers)}")
     click.echo(f"  GPUs (compute capability): {', '.join(sidecar.compute_capabilities) or 'not stated'}")
     if sidecar.graph.max_abs is not None:

@@ -25,13 +25,15 @@ from dlrm_deploy.parity.report import LabelledParity, ParityReport
 if TYPE_CHECKING:
     from rich.table import Column, Table
 
+    from dlrm_deploy.config import ModelConfig
     from dlrm_deploy.export.sources import Source
     from dlrm_deploy.parity.bisect import BisectReport
 
 ALL = "all"
 
 
-def _limit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Refuse NaN and infinity as a limit."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no limit: give a number such as 1e-3.")
     return value
@@ -82,7 +84,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--max-auc-drop",
     type=click.FloatRange(min=0),
-    callback=_limit,
+    callback=finite,
     default=MAX_AUC_DROP,
     help="Drop in AUC to accept on labelled samples.",
 )
@@ -90,7 +92,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--atol",
     type=click.FloatRange(min=0),
-    callback=_limit,
+    callback=finite,
     help="Absolute error of probabilities to accept.  [default: 1e-6, more for wide models and low precision]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=SEED, help="Of the random batches and the resamples.")
@@ -143,7 +145,7 @@ def check(
     else:
         opened = Bundle.open(bundle, verify="full")
     batch = read_batch(batch_file)[0] if batch_file else None
-    labelled = _labelled(data, recipe, opened)
+    labelled = labelled_samples(data, recipe, opened.config)
     origin = _source(source, kind or AUTO, opened)
     if batch is None and not has_checksums(opened):
         click.echo(
@@ -274,14 +276,15 @@ def _names(engines: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for names in spread for name in names if name != REFERENCE or name in named))
 
 
-def _labelled(data: Path | None, recipe: Path | None, bundle: Bundle) -> LabelledSamples | None:
+def labelled_samples(data: Path | None, recipe: Path | None, config: ModelConfig) -> LabelledSamples | None:
+    """What --data or --recipe name, for a model; None where neither is given."""
     if data:
-        return LabelledSamples.read(data, bundle.config)
+        return LabelledSamples.read(data, config)
     if recipe:
         from dlrm_deploy.train.recipe import Recipe
 
-        config, splits = Recipe.read(recipe).load()
-        return LabelledSamples.of(splits.test, f"test split of {recipe}", config, bundle.config)
+        made_for, splits = Recipe.read(recipe).load()
+        return LabelledSamples.of(splits.test, f"test split of {recipe}", made_for, config)
     return None
 
 
@@ -331,7 +334,9 @@ def _print(report: ParityReport) -> None:
         if case.problem:
             click.echo(f"{case.name}: {case.problem}")
         elif case.output and case.output.limit != report.limit:
-            click.echo(f"{case.name}: limit {case.output.limit:.1e}, because its bags are longer than the model's.")
+            click.echo(
+                f"{case.name}: limit {case.output.limit:.1e}, as its bags or values are larger than the model's."
+            )
         if case.output and case.output.nonfinite:
             click.echo(f"{case.name}: {case.output.nonfinite} of {case.output.rows} values are NaN or infinite.")
     if report.limited:

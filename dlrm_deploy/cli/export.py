@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dlrm_deploy.bundle import MANIFEST, MLP_PRECISIONS, Bundle, MlpPrecision
+from dlrm_deploy.cli.check import finite
 from dlrm_deploy.cli.progress import byte_progress
 from dlrm_deploy.config import DENSE_TRANSFORMS, INDEX_POLICIES, IndexPolicy, ModelConfig
 from dlrm_deploy.export.importers.kinds import AUTO, KINDS, PROJECTS
+from dlrm_deploy.files import scratch_folder
+from dlrm_deploy.formats import ROW_FORMATS
 from dlrm_deploy.presets import PRESET_NAMES
 from dlrm_deploy.tables import DIVISIONS
 
 if TYPE_CHECKING:
+    from dlrm_deploy.export.formats_choice import Tables
     from dlrm_deploy.export.sources import Source
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 _SECTIONS = {
     "Checkpoints of other projects (docs/import.md)": (
@@ -32,6 +39,14 @@ _SECTIONS = {
         "golden",
     ),
     "Published models with random weights": ("preset", "scale_rows", "seed"),
+    "Other number formats (docs/precision.md)": (
+        "tables",
+        "mlp",
+        "data",
+        "recipe",
+        "max_auc_drop",
+        "max_logloss_rise",
+    ),
 }
 
 
@@ -112,6 +127,31 @@ class _Sections(click.Command):
 @click.option("--preset", type=click.Choice(PRESET_NAMES), help="Export this model with random weights instead.")
 @click.option("--scale-rows", type=click.FloatRange(min=0, min_open=True), help="Multiply the preset's table rows.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of the preset's random weights.  [default: 0]")
+@click.option(
+    "--tables",
+    type=click.Choice((*ROW_FORMATS, "auto")),
+    default="fp32",
+    help="Row format of the tables; auto chooses one for each.",
+)
+@click.option("--mlp", type=click.Choice(MLP_PRECISIONS), default="fp32", help="Number format of the MLPs.")
+@click.option(
+    "--data",
+    type=_FILE,
+    help="Labelled samples (.npz) to compare with the fp32 model on.  [default: those of the checkpoint's own recipe]",
+)
+@click.option("--recipe", type=_FILE, help="Take the test split of this recipe for --data.")
+@click.option(
+    "--max-auc-drop",
+    type=click.FloatRange(min=0),
+    callback=finite,
+    help="Drop in AUC to accept.  [default: 0.0005, with int4 0.002]",
+)
+@click.option(
+    "--max-logloss-rise",
+    type=click.FloatRange(min=0),
+    callback=finite,
+    help="Rise of log loss to accept.  [default: 0.0005, with int4 0.002]",
+)
 def export(
     source: Path | None,
     kind: str | None,
@@ -123,12 +163,21 @@ def export(
     index_policy: IndexPolicy | None,
     overwrite: bool,
     as_json: bool,
+    tables: Tables,
+    mlp: MlpPrecision,
+    data: Path | None,
+    recipe: Path | None,
+    max_auc_drop: float | None,
+    max_logloss_rise: float | None,
     **said: Any,
 ) -> None:
     """Turn SOURCE, a checkpoint of `dlrm-deploy train` or of another project, into a bundle.
 
     The bundle holds model.onnx with our operators and their function bodies, the tables as external data, a golden
     batch, and a manifest with the hash of each file. It is there whole or not at all. Nothing in SOURCE is run.
+
+    With --tables or --mlp the fp32 model is converted, and SOURCE may be an fp32 bundle too. The result has to score
+    what it stores and is compared with the fp32 model; exits 1, and leaves nothing, where it loses more than accepted.
     """
     if (source is None) == (preset is None):
         raise click.UsageError("give either SOURCE or --preset NAME.")
@@ -137,33 +186,75 @@ def export(
     given = {name: value for name, value in said.items() if value not in (None, False)}
     if source is None and (kind or given):
         names = [*(["from"] if kind else []), *given]
+        raise click.UsageError(f"{_options(names)} goes with SOURCE, not --preset.")
+    converted = (tables, mlp) != ("fp32", "fp32")
+    limits = {"max_auc_drop": max_auc_drop, "max_logloss_rise": max_logloss_rise}
+    asked = {"data": data, "recipe": recipe, **limits}
+    if not converted and (named := [name for name, value in asked.items() if value is not None]):
+        raise click.UsageError(f"{_options(named)} goes with --tables or --mlp: the fp32 export loses nothing.")
+    if data and recipe:
+        raise click.UsageError("Give either --data or --recipe: both name the labelled samples.")
+    is_bundle = source is not None and (source / MANIFEST).is_file()
+    if is_bundle and (not converted or kind or given or index_policy or ids != "int64"):
         raise click.UsageError(
-            f"{', '.join('--' + n.replace('_', '-') for n in names)} goes with SOURCE, not --preset."
+            f"{source} is a bundle already: give --tables or --mlp, and no option about checkpoints."
         )
 
-    from dlrm_deploy.export.bundle import export_bundle, size_text
+    from dlrm_deploy.export.bundle import export_bundle
 
+    def convert(fp32: Bundle) -> Bundle:
+        from dlrm_deploy.cli.conversion import Conversion
+
+        conversion = Conversion(tables=tables, mlp=mlp, data=data, recipe=recipe, quiet=as_json, **limits)
+        return conversion.run(fp32, out, overwrite, source)
+
+    def write(opened: Source, folder: Path, overwrite: bool) -> Bundle:
+        with byte_progress("Writing tables", opened.config.table_bytes, quiet=as_json) as progress:
+            return export_bundle(
+                opened, folder, index_dtype=ids, index_policy=index_policy, overwrite=overwrite, progress=progress
+            )
+
+    if is_bundle and source:
+        _print(convert(Bundle.open(source, verify="full")), out, (), as_json)
+        return
     opened = _open(source, kind or AUTO, given) if source else _random(str(preset), scale_rows, seed)
-    with byte_progress("Writing tables", opened.config.table_bytes, quiet=as_json) as progress:
-        bundle = export_bundle(
-            opened, out, index_dtype=ids, index_policy=index_policy, overwrite=overwrite, progress=progress
-        )
-    total = sum(record.size for record in bundle.manifest.files.values())
+    if not converted:
+        bundle = write(opened, out, overwrite)
+    else:
+        with scratch_folder(out, overwrite, MANIFEST) as scratch:
+            bundle = convert(write(opened, scratch / "fp32", False))
+    _print(bundle, out, opened.summary(), as_json)
+
+
+def _print(bundle: Bundle, out: Path, summary: tuple[str, ...], as_json: bool) -> None:
+    """What was written."""
+    from dlrm_deploy.export.bundle import size_text
+
+    manifest = bundle.manifest
+    total = sum(record.size for record in manifest.files.values())
     if as_json:
         facts = {
             "bundle": str(out),
             "model": bundle.config.name,
             "bytes": total,
-            "recognised": opened.summary(),
-            "ignored": bundle.manifest.provenance.get("ignored_tensors", {"count": 0, "names": []}),
+            "recognised": summary,
+            "ignored": manifest.provenance.get("ignored_tensors", {"count": 0, "names": []}),
+            "precision": manifest.precision,
+            "table_formats": manifest.table_formats,
+            "accuracy": manifest.accuracy,
         }
-        click.echo(json.dumps(facts))
+        click.echo(json.dumps(facts, allow_nan=False))
         return
-    for line in opened.summary():
+    for line in summary:
         click.echo(f"  {line}")
     tables = len(bundle.config.tables)
     click.echo(f"Wrote {out}: {bundle.config.name}, {tables} table{'' if tables == 1 else 's'}, {size_text(total)}.")
-    click.echo(f"Next: dlrm-deploy check {out} --engine onnxruntime")
+    if not manifest.accuracy:
+        click.echo(f"Next: dlrm-deploy check {out} --engine onnxruntime")
+
+
+def _options(names: list[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _random(preset: str, scale_rows: float | None, seed: int | None) -> Source:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.registry import ENGINE_NAMES, open_engine
 from dlrm_deploy.errors import DlrmDeployError
+from dlrm_deploy.formats import row_bytes
 
 
 @click.command()
@@ -37,11 +38,10 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     """All that is printed, as plain values."""
     manifest, config = bundle.manifest, bundle.config
     altered = bundle.altered_files()
-    dtypes = {
-        part.name: np.dtype(record.dtype)
-        for record, group in zip(manifest.table_groups, config.groups, strict=True)
-        for part in group.parts
+    formats = {
+        part.name: manifest.table_formats.get(part.name, "fp32") for group in config.groups for part in group.parts
     }
+    stored = sum(layout.bytes for layout in manifest.layouts)
     bytes_by_folder: dict[str, int] = {}
     for name, file in manifest.files.items():
         part = name.split("/")[0]
@@ -59,13 +59,15 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
                 "rows": sum(part.rows for part in table.parts),
                 "width": table.output_width,
                 "partition": table.partition,
-                "dtype": dtypes[table.parts[0].name].name,
-                "bytes": sum(part.rows * part.width * dtypes[part.name].itemsize for part in table.parts),
+                "formats": sorted({formats[part.name] for part in table.parts}),
+                "bytes": sum(part.rows * row_bytes(formats[part.name], part.width) for part in table.parts),
                 "features": [feature.name for feature in config.features if feature.table == table.name],
             }
             for table in config.tables
         ],
         "precision": manifest.precision,
+        "table_bytes": {"stored": stored, "fp32": config.table_bytes},
+        "accuracy": manifest.accuracy,
         "operators": manifest.operators,
         "opset": manifest.opset,
         "bytes": bytes_by_folder,
@@ -118,12 +120,15 @@ def _print(facts: dict[str, Any]) -> None:
     line("layers", ", ".join(layers))
     line("ids", f"{facts['inputs']['indices'][0]}, out of range: {model.get('index_policy', 'error')}")
     line("precision", ", ".join(f"{part} {dtype}" for part, dtype in facts["precision"].items()))
+    stored, fp32 = facts["table_bytes"]["stored"], facts["table_bytes"]["fp32"]
+    if stored != fp32:
+        line("saved", f"{_bytes(fp32 - stored)}: tables take {_bytes(stored)} instead of {_bytes(fp32)} in fp32")
     line("bytes", ", ".join(f"{part} {_bytes(size)}" for part, size in facts["bytes"].items()))
     exporter = ", ".join(f"{key} {value}" for key, value in facts["provenance"].items() if isinstance(value, str))
     line("made from", exporter)
 
     tables = {table["name"]: table for table in facts["tables"]}
-    shown = Table("feature", "bag", "pooling", "table", "ids", "stored as", "rows", "width", "bytes")
+    shown = Table("feature", "bag", "pooling", "table", "ids", "stored as", "rows", "width", "format", "bytes")
     for feature in model["features"]:
         table = tables[feature["table"]]
         factor = feature.get("pooling_factor")
@@ -137,6 +142,7 @@ def _print(facts: dict[str, Any]) -> None:
             table["partition"],
             f"{table['rows']:,}",
             str(table["width"]),
+            ", ".join(table["formats"]),
             _bytes(table["bytes"]),
         )
     console.print(shown)
@@ -160,12 +166,31 @@ def _print(facts: dict[str, Any]) -> None:
             line("", f"not passed: {', '.join(failed)}")
         if "version" in record:
             line("", f"{record['version']} against {record.get('reference')}")
+    _print_accuracy(facts["accuracy"], line)
     if not facts["parity"]:
         line("parity", f"not checked yet: dlrm-deploy check {facts['bundle']}")
     for problem in facts["altered"]:
         line("ALTERED", problem)
     if not facts["altered"]:
         line("hashes", f"all {facts['files']} files are as they were written")
+
+
+def _print_accuracy(accuracy: dict[str, Any], line: Callable[[str, object], None]) -> None:
+    """What the conversion of a bundle cost: the worst tables, and the comparison with the fp32 model."""
+    errors = {name: table for name, table in accuracy.get("tables", {}).items() if "relative_rms" in table}
+    for name, table in sorted(errors.items(), key=lambda item: -item[1]["relative_rms"])[:3]:
+        error = f"relative RMS error {table['relative_rms']:.2g}, max abs {table['max_abs']:.2g}"
+        line("table error", f"{name} in {table['format']}: {error}")
+    for name in ("golden", "random"):
+        if seen := accuracy.get(name):
+            line("against fp32", f"{name} samples: max abs {seen['max_abs']:.2e}, mean {seen['mean_abs']:.2e}")
+    if labelled := accuracy.get("labelled"):
+        was, now = labelled["reference"], labelled["engine"]
+        for name in ("auc", "log_loss", "calibration"):
+            line("", f"{name.replace('_', ' ')} {was[name]:.6f} in fp32, {now[name]:.6f} here")
+        line("", f"{labelled['samples']} samples of {labelled['source']}")
+    elif accuracy.get("time"):
+        line("", "AUC and log loss were not compared: there were no labelled samples")
 
 
 def _widths(mlp: list[int]) -> str:

@@ -21,6 +21,8 @@ _COMMANDS = {
     "build": ("dlrm_deploy.cli.build:build", "Build a TensorRT plan for a bundle."),
     "check": ("dlrm_deploy.cli.check:check", "Compare an engine with PyTorch."),
     "bench": ("dlrm_deploy.cli.bench:bench", "Measure engines side by side."),
+    "loadtest": ("dlrm_deploy.cli.loadtest:loadtest", "Serve a bundle to MLPerf LoadGen."),
+    "trace": ("dlrm_deploy.cli.trace:trace", "Profile traffic, and generate traffic like it."),
     "inspect": ("dlrm_deploy.cli.inspect:inspect", "Show what is in a bundle and verify its hashes."),
 }
 

@@ -9,7 +9,7 @@ and `torch.compile`, they go through the custom ops. Both are the same functions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.config import LOG_SHIFTS, ModelConfig
 from dlrm_deploy.errors import BatchError, ConfigError
+from dlrm_deploy.formats import GroupLayout, RowFormat, stored_columns
 from dlrm_deploy.model.initial import initial_dense, initial_part
 from dlrm_deploy.model.keys import (
     DENSE_VECTORS,
@@ -37,6 +38,22 @@ from dlrm_deploy.model.vectors import Run, path_features, runs, wide_places
 from dlrm_deploy.ops import torch_ops
 from dlrm_deploy.ops.contract import BagAttributes
 
+StoredGroup = Mapping[RowFormat, Tensor]
+"""The stored matrices of a table group by their format, those of bf16 as bfloat16."""
+
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A linear layer: input [B, in], weight [out, in] and bias [out] to [B, out], all float32."""
+
+
+def to_bf16(x: Tensor) -> Tensor:
+    """The nearest bfloat16 numbers, ties to even, as float32."""
+    return x.bfloat16().float()
+
+
+def bf16_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer whose input is rounded to bfloat16, with sums in float32. Its weight is rounded already."""
+    return F.linear(to_bf16(x), weight, bias)
+
 
 class DLRM(nn.Module):
     """A DLRM with one parameter [R, D] per table group, and every other weight under its checkpoint key.
@@ -44,7 +61,16 @@ class DLRM(nn.Module):
     Suffixes: B batch, D dense features, T slots of a group, N ids, V vectors, W width of a vector.
     """
 
-    def __init__(self, config: ModelConfig, group_weights: Sequence[Tensor] | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        group_weights: Sequence[Tensor] | None = None,
+        *,
+        seed: int = 0,
+        stored: Sequence[StoredGroup] | None = None,
+        table_formats: Mapping[str, RowFormat] | None = None,
+        layer: Layer = F.linear,
+    ) -> None:
         """Build the model, with random weights drawn from `seed` (`dlrm_deploy.model.initial`).
 
         Args:
@@ -52,22 +78,30 @@ class DLRM(nn.Module):
             group_weights: the matrix [rows, width] float32 of each of `config.groups`; used as it is, without a copy.
                 Left out, tables are drawn.
             seed: of all random weights.
+            stored: instead of `group_weights`, the stored matrices of each of `config.groups`; for inference only.
+            table_formats: row format of each table part in `stored` that is not fp32.
+            layer: what every layer of the MLPs computes, before its ReLU.
 
         Raises:
-            ConfigError: `group_weights` do not match the config.
+            ConfigError: `group_weights` or `stored` do not match the config.
         """
         super().__init__()
         self.config = config
+        self.layer = layer
         self._groups = config.groups
         generator = torch.Generator().manual_seed(seed)
-        if group_weights is None:
+        self._stored = None if stored is None else list(stored)
+        if self._stored is not None:
+            self._check_stored(self._stored, table_formats)
+            group_weights = []
+        elif group_weights is None:
             group_weights = [torch.empty(group.rows, group.width) for group in self._groups]
             for group, weights in zip(self._groups, group_weights, strict=True):
                 for part in group.parts:
                     initial_part(config, part, weights[group.rows_of(part.name)], generator)
         seen = [(tuple(weights.shape), weights.dtype) for weights in group_weights]
         expected = [((group.rows, group.width), torch.float32) for group in self._groups]
-        if seen != expected:
+        if stored is None and seen != expected:
             raise ConfigError(f"group_weights must be {expected}, got {seen}.")
         self.group_weights = nn.ParameterList(nn.Parameter(weights) for weights in group_weights)
         self._keys = tuple(dense_shapes(config))
@@ -75,12 +109,31 @@ class DLRM(nn.Module):
             self.register_parameter(_attribute(key), nn.Parameter(initial_dense(key, shape, generator)))
         self._runs = runs(config)
         # A group may have no bags to pool: those of path tables are looked up one id at a time.
-        self._fixed = [BagAttributes.of(config, group) if group.slots else None for group in self._groups]
+        self._fixed = [
+            BagAttributes.of(config, group, table_formats) if group.slots else None for group in self._groups
+        ]
         self._csr = [attributes and replace(attributes, pooling_factors=None) for attributes in self._fixed]
         self._bottom, self._branches = bottom_keys(config), branch_keys(config)
         self._cross, self._top = cross_keys(config), top_keys(config)
         self._wide = wide_places(config) if config.wide else None
-        self._paths = [_Path(config, feature) for feature, _ in path_features(config)]
+        self._paths = [_Path(config, feature, table_formats) for feature, _ in path_features(config)]
+
+    def _check_stored(self, stored: Sequence[StoredGroup], table_formats: Mapping[str, RowFormat] | None) -> None:
+        seen = [{kind: tuple(matrix.shape) for kind, matrix in matrices.items()} for matrices in stored]
+        expected = [
+            {
+                m.format: (m.rows, stored_columns(m.format, group.width))
+                for m in GroupLayout.of(group, table_formats).matrices
+            }
+            for group in self._groups
+        ]
+        if seen != expected:
+            raise ConfigError(f"stored must be matrices of shapes {expected}, got {seen}.")
+
+    @property
+    def _matrices(self) -> Sequence[Tensor | StoredGroup]:
+        """What each group's bags are pooled from."""
+        return list(self.group_weights) if self._stored is None else self._stored
 
     def weight(self, key: str) -> Tensor:
         """A weight of `dlrm_deploy.model.keys.dense_shapes`."""
@@ -89,9 +142,12 @@ class DLRM(nn.Module):
         return weight
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Every weight under its checkpoint key; table parts are row views of their group's matrix."""
+        """Every weight under its checkpoint key; table parts are row views of their group's matrix.
+
+        Without the tables where those are `stored`.
+        """
         tensors = {}
-        for group, weights in zip(self._groups, self.group_weights, strict=True):
+        for group, weights in zip(self._groups if self._stored is None else (), self.group_weights, strict=True):
             for part in group.parts:
                 tensors[table_key(part.name)] = weights.detach()[group.rows_of(part.name)]
         tensors.update((key, self.weight(key).detach()) for key in self._keys)
@@ -113,13 +169,13 @@ class DLRM(nn.Module):
     def pool(self, indices: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> list[Tensor]:
         """The pooled embeddings: [B, T, W] of each table group, then [B, 1, W] of each feature of a path table."""
         pooled = []
-        for matrix, attributes in zip(self.group_weights, self._fixed if offsets is None else self._csr, strict=True):
+        every, matrices = self._fixed if offsets is None else self._csr, self._matrices
+        for group, matrix, attributes in zip(self._groups, matrices, every, strict=True):
             if attributes is None:
-                batch = _batch_size(self.config, indices, offsets)
-                pooled.append(matrix.new_zeros(batch, 0, matrix.shape[1]))
+                pooled.append(torch.zeros(_batch_size(self.config, indices, offsets), 0, group.width))
             else:
                 pooled.append(_pool(matrix, indices, offsets, weights, attributes))
-        pooled += [path.pool(list(self.group_weights), indices, offsets, weights) for path in self._paths]
+        pooled += [path.pool(matrices, indices, offsets, weights) for path in self._paths]
         return pooled
 
     def score(self, dense: Tensor, pooled: Sequence[Tensor]) -> Tensor:
@@ -130,8 +186,8 @@ class DLRM(nn.Module):
         x_BW = self._mlp(dense, self._bottom)
         x_BW = self._interact(x_BW, [self._combine(run, pooled) for run in self._runs])
         if self._top:
-            *hidden, (weight, bias) = self._top
-            x_BW = F.linear(self._mlp(x_BW, hidden), self.weight(weight), self.weight(bias))
+            *hidden, last = self._top
+            x_BW = self._linear(self._mlp(x_BW, hidden), *last)
         if self._wide:
             group, first = self._wide
             x_BW = x_BW + pooled[group][:, first : first + len(config.features)].sum(1)
@@ -160,8 +216,12 @@ class DLRM(nn.Module):
     def _mlp(self, x_BW: Tensor, layers: Sequence[tuple[str, str]]) -> Tensor:
         """Linear layers, each with ReLU behind it."""
         for weight, bias in layers:
-            x_BW = F.linear(x_BW, self.weight(weight), self.weight(bias)).relu_()
+            x_BW = self._linear(x_BW, weight, bias).relu_()
         return x_BW
+
+    def _linear(self, x_BW: Tensor, weight: str, bias: str) -> Tensor:
+        """A layer of an MLP, weights by their keys."""
+        return self.layer(x_BW, self.weight(weight), self.weight(bias))
 
     def _combine(self, run: Run, pooled: Sequence[Tensor]) -> Tensor:
         """The vectors [B, count, W] of a run."""
@@ -216,20 +276,19 @@ class DLRM(nn.Module):
 class _Path:
     """One feature of a path table: each id is looked up by itself, and goes through the MLPs that it chooses."""
 
-    def __init__(self, config: ModelConfig, feature: int) -> None:
+    def __init__(self, config: ModelConfig, feature: int, table_formats: Mapping[str, RowFormat] | None) -> None:
         table = config.table(config.features[feature].table)
         self._config = config
         self._feature = feature
         self._hidden, self._width = table.path_hidden, table.width
-        self._parts = [
-            (g, BagAttributes.of_ids(config, feature, part, group.rows_of(part.name).start))
-            for part in table.parts
-            for g, group in enumerate(config.groups)
-            if part in group.parts
-        ]
+        self._parts = []
+        for part in table.parts:
+            g, group = next((g, group) for g, group in enumerate(config.groups) if part in group.parts)
+            kind, start = GroupLayout.of(group, table_formats).place(part.name)
+            self._parts.append((g, BagAttributes.of_ids(config, feature, part, start, kind)))
 
     def pool(
-        self, matrices: Sequence[Tensor], indices: Tensor, offsets: Tensor | None, weights: Tensor | None
+        self, matrices: Sequence[Tensor | StoredGroup], indices: Tensor, offsets: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         """[B, 1, W]."""
         B, f = _batch_size(self._config, indices, offsets), self._feature
@@ -257,9 +316,13 @@ class _Path:
 
 
 def _pool(
-    matrix: Tensor, indices: Tensor, offsets: Tensor | None, weights: Tensor | None, attributes: BagAttributes
+    matrix: Tensor | StoredGroup,
+    indices: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    attributes: BagAttributes,
 ) -> Tensor:
-    if _as_nodes():
+    if isinstance(matrix, Tensor) and _as_nodes():
         pooled: Tensor = torch_ops.table_batched_embedding_bag(
             matrix, indices, offsets, weights, *attributes.schema_values()
         )

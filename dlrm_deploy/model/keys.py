@@ -51,6 +51,12 @@ def top_keys(config: ModelConfig) -> tuple[tuple[str, str], ...]:
     return (*hidden, _linear("over_arch.model.1"))
 
 
+def mlp_weight_keys(config: ModelConfig) -> frozenset[str]:
+    """Keys of the weights, not the biases, of all MLPs: what an MLP precision other than fp32 rounds."""
+    chains = (bottom_keys(config), *branch_keys(config), top_keys(config))
+    return frozenset(weight for chain in chains for weight, _ in chain)
+
+
 def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor but the tables, from bottom to top. Linear weights are [out, in]."""
     shapes: dict[str, tuple[int, ...]] = {}

@@ -1,34 +1,61 @@
-"""What a call of `TableBatchedEmbeddingBag` must keep to, for NumPy arrays and PyTorch tensors alike.
+"""What a call of an operator must keep to, for NumPy arrays and PyTorch tensors alike.
 
-Both references and, in C++, the kernel make these checks before anything is read: docs/operators.md, Errors.
+Both references and, in C++, the kernels make these checks before anything is read: docs/operators.md, Errors.
 Ids are checked where rows are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dlrm_deploy.config import INDEX_POLICIES, ModelConfig
 from dlrm_deploy.errors import BatchError
+from dlrm_deploy.formats import ROW_FORMATS, GroupLayout, RowFormat, stored_columns
 from dlrm_deploy.tables import DIVISIONS, MAX_IDS, TableGroup, TablePart
 
 _MOST = (1 << 63) - 1  # of an ONNX attribute
 _LIMITS = (("mean", 0, 1), ("ids", 1, MAX_IDS), ("moduli", 0, _MOST), ("divisors", 1, _MOST), ("divisions", 0, 2))
+_MATRIX_TYPES: dict[RowFormat, tuple[str, ...]] = {
+    "fp32": ("float32",),
+    "fp16": ("float16",),
+    "bf16": ("bfloat16", "uint16"),  # NumPy has bit patterns only
+    "int8": ("uint8",),
+    "int4": ("uint8",),
+}
 
 SCHEMA_FIELDS = (
     "num_features", "features", "row_starts", "rows", "ids", "moduli", "divisors", "divisions", "mean",
     "pooling_factors", "index_policy",
 )  # fmt: skip
-"""Fields that the PyTorch op takes, in the order of its schema."""
+"""Fields that the PyTorch op takes, in the order of its schema. It is for training: all rows are fp32."""
+
+
+def matrix_input(format: RowFormat) -> str:
+    """Name of the operators' input that holds the rows of a format."""
+    return "weights" if format == "fp32" else f"weights_{format}"
+
+
+BAG_INPUTS = (
+    "weights", "indices", "offsets", "per_sample_weights", *(matrix_input(format) for format in ROW_FORMATS[1:]),
+)  # fmt: skip
+"""Inputs of TableBatchedEmbeddingBag, in order."""
+
+
+def by_format(weights: Any) -> Mapping[RowFormat, Any]:
+    """Matrices by their format, without those that are None; `weights` may be the fp32 one alone."""
+    if not isinstance(weights, Mapping):
+        return {"fp32": weights}
+    return {format: matrix for format, matrix in weights.items() if matrix is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BagAttributes:
     """The attributes of one node, as docs/operators.md names them. F features, T slots.
 
-    `ids`, `moduli`, `divisors` and `divisions` may be left out, or empty: then an id is the number of its row.
+    `ids`, `moduli`, `divisors` and `divisions` may be left out, or empty: then an id is the number of its row. Without
+    `formats` all rows are fp32.
     """
 
     num_features: int
@@ -36,7 +63,7 @@ class BagAttributes:
     """[T] feature that each slot pools."""
 
     row_starts: tuple[int, ...]
-    """[T] first row of each slot's table part in the group's matrix."""
+    """[T] first row of each slot's table part, in the group's matrix of its format."""
 
     rows: tuple[int, ...]
     """[T] rows of each slot's table part."""
@@ -56,6 +83,12 @@ class BagAttributes:
     mean: tuple[int, ...]
     """[T] 0: sum, 1: mean."""
 
+    formats: tuple[int, ...] = ()
+    """[T] row format of each slot's table part, a position in `dlrm_deploy.formats.ROW_FORMATS`. Left out: 0, fp32."""
+
+    width: int | None = None
+    """D. Needed where a slot is not fp32: stored rows do not always tell it."""
+
     pooling_factors: tuple[int, ...] | None
     """[F] ids per bag, in the fixed form; None for the CSR form."""
 
@@ -68,27 +101,40 @@ class BagAttributes:
 
     def __post_init__(self) -> None:
         slots = len(self.features)
-        defaults = {"ids": self.rows, "moduli": (0,) * slots, "divisors": (1,) * slots, "divisions": (0,) * slots}
-        for name in ("features", "row_starts", "rows", "ids", "moduli", "divisors", "divisions", "mean"):
+        zeros = (0,) * slots
+        defaults = {"ids": self.rows, "moduli": zeros, "divisors": (1,) * slots, "divisions": zeros, "formats": zeros}
+        for name in ("features", "row_starts", "rows", "ids", "moduli", "divisors", "divisions", "mean", "formats"):
             object.__setattr__(self, name, tuple(getattr(self, name) or defaults.get(name, ())))
         if self.pooling_factors is not None:
             object.__setattr__(self, "pooling_factors", tuple(self.pooling_factors))
 
     @classmethod
-    def of(cls, config: ModelConfig, group: TableGroup) -> BagAttributes:
-        """The attributes of the node that pools a table group of a model."""
+    def of(
+        cls, config: ModelConfig, group: TableGroup, formats: Mapping[str, RowFormat] | None = None
+    ) -> BagAttributes:
+        """The attributes of the node that pools a table group of a model.
+
+        Args:
+            config: the model.
+            group: one of its table groups.
+            formats: row format of each table part that is not fp32, by its name.
+        """
         features = [config.features[slot.feature] for slot in group.slots]
         parts = [slot.part for slot in group.slots]
+        layout = GroupLayout.of(group, formats)
+        places = [layout.place(part.name) for part in parts]
         return cls(
             num_features=len(config.features),
             features=tuple(slot.feature for slot in group.slots),
-            row_starts=tuple(slot.row_start for slot in group.slots),
+            row_starts=tuple(row_start for _, row_start in places),
             rows=tuple(part.rows for part in parts),
             ids=tuple(part.ids for part in parts),
             moduli=tuple(feature.modulo or 0 for feature in features),
             divisors=tuple(part.divisor for part in parts),
             divisions=tuple(DIVISIONS.index(part.division) for part in parts),
             mean=tuple(int(feature.pooling == "mean") for feature in features),
+            formats=tuple(ROW_FORMATS.index(format) for format, _ in places),
+            width=group.width,
             pooling_factors=config.pooling_factors,
             index_policy=config.index_policy,
             feature_names=tuple(feature.name for feature in config.features),
@@ -96,10 +142,19 @@ class BagAttributes:
         )
 
     @classmethod
-    def of_ids(cls, config: ModelConfig, feature: int, part: TablePart, row_start: int) -> BagAttributes:
+    def of_ids(
+        cls, config: ModelConfig, feature: int, part: TablePart, row_start: int, format: RowFormat = "fp32"
+    ) -> BagAttributes:
         """The attributes of a node that looks up the ids of one feature one by one, each as a bag of its own.
 
         Its batch holds that feature alone, and a sample of it is an id: so errors number ids, not samples.
+
+        Args:
+            config: the model.
+            feature: position of the feature in `config.features`.
+            part: the part of its table that is read.
+            row_start: the part's first row, in the group's matrix of `format`.
+            format: the part's row format.
         """
         return cls(
             num_features=1,
@@ -111,6 +166,8 @@ class BagAttributes:
             divisors=(part.divisor,),
             divisions=(DIVISIONS.index(part.division),),
             mean=(0,),
+            formats=(ROW_FORMATS.index(format),),
+            width=part.width,
             pooling_factors=(1,),
             index_policy=config.index_policy,
             feature_names=(config.features[feature].name,),
@@ -121,6 +178,16 @@ class BagAttributes:
         """Whether an id is the number of its row, in every slot."""
         others = any(self.moduli) or any(self.divisions) or any(divisor != 1 for divisor in self.divisors)
         return self.ids == self.rows and not others
+
+    @property
+    def slot_formats(self) -> tuple[RowFormat, ...]:
+        """[T] names of `formats`."""
+        return tuple(ROW_FORMATS[format] for format in self.formats)
+
+    @property
+    def used_formats(self) -> tuple[RowFormat, ...]:
+        """Formats that a slot reads, in the order of `ROW_FORMATS`: the node has a matrix of each."""
+        return tuple(format for number, format in enumerate(ROW_FORMATS) if number in self.formats)
 
     def node_attributes(self) -> dict[str, object]:
         """As they stand on the ONNX node; what is left to its default is not among them."""
@@ -144,28 +211,57 @@ class BagAttributes:
             attributes["divisors"] = self.divisors
         if any(self.divisions):
             attributes["divisions"] = self.divisions
+        if any(self.formats):
+            assert self.width is not None  # `of` and `check` see to it
+            attributes |= {"formats": self.formats, "width": self.width}
         return attributes
 
     def inputs(self) -> list[str]:
         """Input names of the ONNX node; an absent optional input is ""."""
-        names = ["weights", "indices", "offsets" if self.pooling_factors is None else ""]
-        if self.weighted:
-            names.append("per_sample_weights")
-        return names if names[-1] else names[:-1]
+        absent = {matrix_input(format) for format in ROW_FORMATS if format not in self.used_formats}
+        if self.pooling_factors is not None:
+            absent.add("offsets")
+        if not self.weighted:
+            absent.add("per_sample_weights")
+        names = ["" if name in absent else name for name in BAG_INPUTS]
+        while not names[-1]:
+            names.pop()
+        return names
+
+    def samples(self, indices: Any, offsets: Any) -> int:
+        """B of a valid call."""
+        if self.pooling_factors is None:
+            return (len(offsets) - 1) // self.num_features
+        return len(indices) // sum(self.pooling_factors)
+
+    def width_of(self, weights: Any) -> int:
+        """D of a valid call."""
+        return int(by_format(weights)["fp32"].shape[1]) if self.width is None else self.width
 
     def schema_values(self) -> tuple[Any, ...]:
-        """In the order of the PyTorch op's schema, where they follow the four tensors."""
+        """In the order of the PyTorch op's schema, where they follow the four tensors.
+
+        Raises:
+            BatchError: a slot is not fp32; `torch_ops.pool_bags` takes it.
+        """
+        if any(self.formats):
+            raise BatchError(f"the PyTorch op reads fp32 rows only, got {', '.join(self.used_formats)}. Use pool_bags.")
         return tuple(getattr(self, name) for name in SCHEMA_FIELDS)
 
     def check(self, weights: Any, indices: Any, offsets: Any, per_sample_weights: Any) -> None:
         """See that attributes and inputs, arrays or tensors, make up a valid call.
 
+        `weights` is the fp32 matrix or a mapping from formats to stored matrices, those of bf16 as bit patterns or
+        bfloat16.
+
         Raises:
             BatchError: they do not.
         """
-        check_array("weights", weights, 2, "float32")
+        self._check_lists()
+        matrices = by_format(weights)
+        self._check_matrices(matrices)
         check_array("indices", indices, 1, "int32", "int64")
-        self._check_slots(len(weights))
+        self._check_slots({format: len(matrix) for format, matrix in matrices.items()})
         if (offsets is None) == (self.pooling_factors is None):
             raise BatchError("give either offsets or pooling_factors.")
         ids = len(indices)
@@ -184,30 +280,58 @@ class BagAttributes:
             if any(self.mean):
                 raise BatchError("per_sample_weights go with sum pooling, but a slot has mean = 1.")
 
-    def _check_slots(self, group_rows: int) -> None:
+    def _check_lists(self) -> None:
         if self.num_features < 1:
             raise BatchError(f"num_features must be at least 1, got {self.num_features}.")
         slots = len(self.features)
         if slots == 0:
             raise BatchError("features is empty, at least one slot is needed.")
-        for name in ("row_starts", "rows", "mean", "ids", "moduli", "divisors", "divisions"):
+        for name in ("row_starts", "rows", "mean", "ids", "moduli", "divisors", "divisions", "formats"):
             values = len(getattr(self, name))
             if values != slots:
                 raise BatchError(f"{name} has {values} values, expected one per slot: {slots}.")
-        for t, (feature, start, count) in enumerate(zip(self.features, self.row_starts, self.rows, strict=True)):
+        self._check_limits("formats", 0, len(ROW_FORMATS) - 1)
+        if any(self.formats) and self.width is None:
+            raise BatchError("width is missing; rows that are not fp32 need it.")
+        if self.width is not None and self.width < 1:
+            raise BatchError(f"width must be at least 1, got {self.width}.")
+
+    def _check_matrices(self, matrices: Mapping[RowFormat, Any]) -> None:
+        for format in self.used_formats:
+            if format not in matrices:
+                t = self.slot_formats.index(format)
+                raise BatchError(f"slot {t}: its rows are {format}, but {matrix_input(format)} is not given.")
+        for format, matrix in matrices.items():
+            check_array(matrix_input(format), matrix, 2, *_MATRIX_TYPES[format])
+        width = self.width_of(matrices)
+        for format, matrix in matrices.items():
+            columns = stored_columns(format, width)
+            if matrix.shape[1] != columns:
+                raise BatchError(
+                    f"{matrix_input(format)} has {matrix.shape[1]} columns, expected {columns}: {format} rows of "
+                    f"{width} values."
+                )
+
+    def _check_slots(self, rows: Mapping[RowFormat, int]) -> None:
+        slots = zip(self.features, self.row_starts, self.rows, self.slot_formats, strict=True)
+        for t, (feature, start, count, format) in enumerate(slots):
             if not 0 <= feature < self.num_features:
                 raise BatchError(f"slot {t}: feature {feature} is outside [0, {self.num_features}).")
-            if start < 0 or count < 1 or start + count > group_rows:
+            if start < 0 or count < 1 or start + count > rows[format]:
                 raise BatchError(
-                    f"slot {t}: rows {start} to {start + count} are not within the {group_rows} rows of weights."
+                    f"slot {t}: rows {start} to {start + count} are not within the {rows[format]} rows of "
+                    f"{matrix_input(format)}."
                 )
         for name, least, most in _LIMITS:
-            numbers = getattr(self, name)
-            if min(numbers) < least or max(numbers) > most:
-                t = next(t for t, number in enumerate(numbers) if not least <= number <= most)
-                raise BatchError(f"slot {t}: {name} must be in [{least}, {most}], got {numbers[t]}.")
+            self._check_limits(name, least, most)
         if self.index_policy not in INDEX_POLICIES:
             raise BatchError(f"index_policy must be one of {', '.join(INDEX_POLICIES)}, got {self.index_policy!r}.")
+
+    def _check_limits(self, name: str, least: int, most: int) -> None:
+        numbers = getattr(self, name)
+        if min(numbers) < least or max(numbers) > most:
+            t = next(t for t, number in enumerate(numbers) if not least <= number <= most)
+            raise BatchError(f"slot {t}: {name} must be in [{least}, {most}], got {numbers[t]}.")
 
     def _check_factors(self, factors: Sequence[int], ids: int) -> None:
         if len(factors) != self.num_features or min(factors) < 0 or sum(factors) < 1:
@@ -230,6 +354,37 @@ def check_interaction(dense: Any, embeddings: Any) -> None:
         raise BatchError(
             f"dense [B, D] and embeddings [B, T, D] do not match: {tuple(dense.shape)} and {tuple(embeddings.shape)}."
         )
+
+
+def check_bag_interaction(dense: Any, samples: int, width: int) -> None:
+    """See that dense [B, D], an array or tensor, goes with bags of that many samples and that width.
+
+    Raises:
+        BatchError: a wrong type or rank, or sizes that differ.
+    """
+    check_array("dense", dense, 2, "float32")
+    if tuple(dense.shape) != (samples, width):
+        raise BatchError(f"dense has shape {tuple(dense.shape)}, expected [B, D] of the bags: {(samples, width)}.")
+
+
+def check_mlp(x: Any, layers: Sequence[tuple[Any, Any]]) -> None:
+    """See that x [B, K] and the layers' weights [N, K] and biases [N], arrays or tensors, follow one another.
+
+    Raises:
+        BatchError: no layer, a wrong type or rank, or sizes that do not go together.
+    """
+    check_array("x", x, 2, "float32")
+    if not layers:
+        raise BatchError("an Mlp needs at least one layer.")
+    inputs = int(x.shape[1])
+    for number, (weight, bias) in enumerate(layers):
+        check_array(f"weight {number}", weight, 2, "bfloat16", "uint16")
+        check_array(f"bias {number}", bias, 1, "float32")
+        if weight.shape[1] != inputs or inputs < 1:
+            raise BatchError(f"weight {number} has {weight.shape[1]} columns for {inputs} inputs.")
+        if len(bias) != len(weight) or len(weight) < 1:
+            raise BatchError(f"bias {number} has {len(bias)} values for the {len(weight)} rows of its weight.")
+        inputs = len(weight)
 
 
 def check_array(name: str, value: Any, rank: int, *dtypes: str) -> None:

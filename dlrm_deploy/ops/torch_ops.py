@@ -1,17 +1,18 @@
-"""The two operators for PyTorch: plain functions, and `torch.library` custom ops with gradients over them.
+"""The operators for PyTorch: plain functions, and `torch.library` custom ops with gradients over two of them.
 
-`pool_bags` and `interact` are the implementation. The custom ops `dlrm_deploy::table_batched_embedding_bag` and
+`pool_bags`, `interact` and `mlp` are the implementation. The custom ops `dlrm_deploy::table_batched_embedding_bag` and
 `dlrm_deploy::dot_interaction` wrap them, so that `torch.export` keeps each as one node and training gets a sparse
-gradient for the whole table group. Where neither is needed, calling the functions saves the dispatch. The gradients run
-in eager mode; `torch.compile` is served forwards only.
+gradient for the whole table group; they read fp32 rows. Where neither is needed, calling the functions saves the
+dispatch. The gradients run in eager mode; `torch.compile` is served forwards only.
 
-All bags of a group go through one `embedding_bag` call over the group's matrix: 26 calls cost 8 to 12 times as much.
+All bags of a group go through one `embedding_bag` call over the group's fp32 matrix: 26 calls cost 8 to 12 times as
+much. Rows of other formats are gathered and decoded first, some bags at a time.
 The contract is docs/operators.md; suffixes: B samples, F features, T slots, N ids, D width, V = T + 1 vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,14 +21,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dlrm_deploy.errors import BatchError
-from dlrm_deploy.ops.contract import SCHEMA_FIELDS, BagAttributes, check_interaction
+from dlrm_deploy.formats import RowFormat
+from dlrm_deploy.ops.contract import SCHEMA_FIELDS, BagAttributes, by_format, check_interaction, check_mlp
+
+_DECODED_VALUES = 1 << 20
+"""Values of rows that are gathered and decoded at a time: 4 MiB of float32."""
 
 
 class _Bags(NamedTuple):
-    """What to read from the group's matrix, slot-major."""
+    """What to read from the group's matrices, slot-major."""
 
     rows: Tensor
-    """[N] rows of the group's matrix, int64."""
+    """[N] rows of the matrix of their slot's format, int64."""
 
     offsets: Tensor
     """[T * B + 1] int64."""
@@ -46,7 +51,7 @@ def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _resolve_bags(indices: Tensor, offsets: Tensor | None, attributes: BagAttributes) -> _Bags:
-    """Turn ids into rows of the group's matrix, following modulus, index policy and quotient of each slot."""
+    """Turn ids into rows of the group's matrices, following modulus, index policy and quotient of each slot."""
     a = attributes
     num_features, features = a.num_features, a.features
     device = indices.device
@@ -165,7 +170,7 @@ def _raise_bad_id(
 
 
 def pool_bags(
-    weights: Tensor,
+    weights: Tensor | Mapping[RowFormat, Tensor],
     indices: Tensor,
     offsets: Tensor | None,
     per_sample_weights: Tensor | None,
@@ -173,16 +178,81 @@ def pool_bags(
 ) -> Tensor:
     """Pool all bags of one table group, without a gradient; inputs as in docs/operators.md.
 
-    Bags are taken to be well-formed, as those of a `Batch` are; ids are checked.
+    Bags are taken to be well-formed, as those of a `Batch` are; ids are checked. `weights` is the fp32 matrix, or a
+    stored matrix for each format that a slot reads, those of bf16 as bit patterns or bfloat16.
 
     Returns:
-        [B, T, D], a view of a new slot-major tensor.
+        [B, T, D], a view of a new slot-major tensor. Where a slot is not fp32, bit for bit what the reference gives.
 
     Raises:
         BatchError: an id is out of range under policy `error`.
     """
-    pooled = _pool(weights, _resolve_bags(indices, offsets, attributes), per_sample_weights)
-    return pooled.view(len(attributes.features), -1, weights.shape[1]).transpose(0, 1)
+    bags = _resolve_bags(indices, offsets, attributes)
+    matrices = by_format(weights)
+    if any(attributes.formats):
+        pooled = _pool_stored(matrices, bags, per_sample_weights, attributes)
+    else:
+        pooled = _pool(matrices["fp32"], bags, per_sample_weights)
+    return pooled.view(len(attributes.features), -1, attributes.width_of(matrices)).transpose(0, 1)
+
+
+def decode_rows(format: RowFormat, stored: Tensor, width: int) -> Tensor:
+    """The float32 values [R, width] of stored rows; `dlrm_deploy.formats.decode` for tensors."""
+    if format == "bf16":
+        stored = stored.view(torch.bfloat16)
+    if format not in ("int8", "int4"):
+        return stored.float()
+    codes = stored[:, :-4]
+    if format == "int8":
+        values = codes.float()
+    else:
+        halves = torch.empty(*codes.shape, 2, device=stored.device)
+        halves[:, :, 0], halves[:, :, 1] = codes & 15, codes >> 4
+        values = halves.flatten(1)[:, :width]
+    scale_bias = stored[:, -4:].contiguous().view(torch.float16).float()
+    return values.mul_(scale_bias[:, :1]).add_(scale_bias[:, 1:])
+
+
+def _pool_stored(
+    matrices: Mapping[RowFormat, Tensor], bags: _Bags, per_sample_weights: Tensor | None, a: BagAttributes
+) -> Tensor:
+    """[T * B, D]. Weights are multiplied before, because embedding_bag would fuse that with the addition."""
+    assert a.width is not None  # there are formats
+    pooled = torch.zeros(bags.offsets.numel() - 1, a.width, device=bags.rows.device)
+    for format, first_bag, end_bag, begin, end in _chunks(bags.offsets, a):
+        values = decode_rows(format, matrices[format].index_select(0, bags.rows[begin:end]), a.width)
+        if per_sample_weights is not None:
+            positions = slice(begin, end) if bags.positions is None else bags.positions[begin:end]
+            values *= per_sample_weights[positions, None]
+        pooled[first_bag:end_bag] = F.embedding_bag(
+            torch.arange(end - begin, device=values.device),
+            values,
+            bags.offsets[first_bag : end_bag + 1] - begin,
+            mode="sum",
+            include_last_offset=True,
+        )
+    return pooled if bags.divisors is None else pooled / bags.divisors
+
+
+def _chunks(offsets_TB: Tensor, a: BagAttributes) -> Iterator[tuple[RowFormat, int, int, int, int]]:
+    """Format, first and last bag, first and last row of consecutive bags that hold ids, of one format each.
+
+    Each has at most `_DECODED_VALUES` values, or is one bag.
+    """
+    assert a.width is not None
+    offsets = offsets_TB.numpy(force=True)
+    formats, T = a.slot_formats, len(a.features)
+    B = (len(offsets) - 1) // T
+    ids = max(1, _DECODED_VALUES // a.width)
+    ends = [t for t in range(1, T + 1) if t == T or formats[t] != formats[t - 1]]
+    bag = 0
+    for t in ends:
+        while bag < t * B:
+            fitting = int(offsets[: t * B + 1].searchsorted(offsets[bag] + ids, side="right")) - 1
+            last = max(bag + 1, fitting)
+            if offsets[last] > offsets[bag]:
+                yield formats[t - 1], bag, last, int(offsets[bag]), int(offsets[last])
+            bag = last
 
 
 def _pool(weights: Tensor, bags: _Bags, per_sample_weights: Tensor | None) -> Tensor:
@@ -217,6 +287,28 @@ def _triangle(V: int, self_interaction: bool, device: torch.device) -> Tensor:
         i, j = torch.tril_indices(V, V, 0 if self_interaction else -1, device=device)
         flat: Tensor = i * V + j
         return flat
+
+
+def mlp(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], relu_last: bool = True) -> Tensor:
+    """A chain of dense layers on bfloat16 inputs and weights, without a gradient; docs/operators.md's Mlp.
+
+    Args:
+        x: [B, K] float32.
+        layers: of each layer the weight [N, K] bfloat16 and the bias [N] float32.
+        relu_last: whether a ReLU stands behind the last layer too.
+
+    Returns:
+        [B, N of the last layer] float32. Products and sums are float32, in an order of the library's own.
+
+    Raises:
+        BatchError: an input breaks the contract.
+    """
+    check_mlp(x, layers)
+    for number, (weight, bias) in enumerate(layers):
+        x = F.linear(x.bfloat16().float(), weight.float(), bias)
+        if relu_last or number < len(layers) - 1:
+            x = x.relu()
+    return x
 
 
 # The custom ops

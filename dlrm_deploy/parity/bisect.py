@@ -125,6 +125,12 @@ def bisect(bundle: Bundle, engine_name: str, batch: Batch, *, threads: int | Non
 
 def _in_motion(bundle: Bundle, engine_name: str, batch: Batch, threads: int | None) -> tuple[int, list[Departure]]:
     """How many stages the model has, and which of them depart in the first slice where one does."""
+    if bundle.manifest.mlp_precision != "fp32":
+        raise EngineError(
+            f"the MLPs of {bundle.path} are {bundle.manifest.mlp_precision}, and what a layer gives then depends on "
+            "roundings that no bound separates from errors. Bisect the fp32 bundle that it was converted from; with "
+            "`dlrm-deploy export FP32_BUNDLE --tables ... --mlp fp32` its tables can be looked at in any format."
+        )
     count = 0
     with open_unchecked(bundle, engine_name, threads=threads, spin=False) as engine:
         for first, last in slices(bundle.config, batch):

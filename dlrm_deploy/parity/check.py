@@ -22,15 +22,14 @@ import numpy as np
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import REFERENCE, Bundle
 from dlrm_deploy.checksums import altered_rows, altered_weights, has_checksums
-from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.data.random import random_batch, with_longer_bags
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.engines.registry import PLAN_ENGINES, missing_package, open_unchecked
 from dlrm_deploy.errors import BatchError, BundleError, DlrmDeployError, EngineError, MissingDependencyError
-from dlrm_deploy.model.rounding import derived_limit
 from dlrm_deploy.parity.batches import awkward_batches, out_of_range_batch
-from dlrm_deploy.parity.compare import FloatArray, OutputParity, compare
+from dlrm_deploy.parity.compare import FloatArray, Limit, OutputParity, compare
 from dlrm_deploy.parity.labelled import MAX_AUC_DROP, RESAMPLES, LabelledSamples, compare_labelled
+from dlrm_deploy.parity.limits import Limits
 from dlrm_deploy.parity.report import LabelledParity, ParityCase, ParityReport
 
 if TYPE_CHECKING:
@@ -50,13 +49,6 @@ SOURCE = "equal to the source"
 """Name of the case that compares it with the source checkpoint."""
 
 _IDS_ROWS = 37
-
-_ROUNDING_UNITS = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
-
-
-def precision_limit(config: ModelConfig, precision: str, batch: Batch | None = None) -> float:
-    """`derived_limit` for an engine that computes in another number format: larger by the ratio of rounding units."""
-    return derived_limit(config, batch) * _ROUNDING_UNITS[precision] / _ROUNDING_UNITS["fp32"]
 
 
 def check_parity(
@@ -80,8 +72,8 @@ def check_parity(
         engine_name: one of `dlrm_deploy.engines.registry.ENGINE_NAMES`.
         sizes: of the random batches.
         seed: of all random values.
-        atol: absolute difference of probabilities to accept; None for `precision_limit`, of the batch where its bags
-            are longer than the model's. A record made with a larger one does not count (`Bundle.parity_gap`).
+        atol: absolute difference of probabilities to accept; None for what `Limits` says of the model, or of the
+            batch where that is more. A record made with a larger one does not count (`Bundle.parity_gap`).
         threads: CPU threads of each engine; None for one per core.
         batch: compare this one only.
         labelled: samples to compare AUC, log loss and calibration on.
@@ -107,8 +99,9 @@ def check_parity(
         reference: Engine | None = None
         if not no_torch:
             reference = stack.enter_context(open_unchecked(bundle, REFERENCE, threads=threads))
-        default_limit = precision_limit(bundle.config, engine.precision)
-        cases = _Cases(bundle, engine, reference, atol)
+        limits = Limits(bundle, engine, reference)
+        default_limit = limits.default
+        cases = _Cases(bundle, engine, reference, atol, limits)
         if batch is not None:
             if engine_name in PLAN_ENGINES:
                 engine.predict(bundle.golden().batch.rows(0, 1))  # raises where it cannot execute here
@@ -243,12 +236,11 @@ class _Cases:
     engine: Engine
     reference: Engine | None
     atol: float | None
+    limits: Limits
 
-    def limit(self, batch: Batch) -> float:
-        """Absolute difference of probabilities to accept for this batch."""
-        if self.atol is not None:
-            return self.atol
-        return precision_limit(self.bundle.config, self.engine.precision, batch)
+    def limit(self, batch: Batch) -> Limit:
+        """Difference of probabilities to accept for this batch."""
+        return self.limits.of(batch) if self.atol is None else Limit(self.atol)
 
     def all(self, sizes: Sequence[int], seed: int) -> Iterator[_Case]:
         config = self.bundle.config
@@ -284,7 +276,11 @@ class _Cases:
         return self._both("the batch given", batch)
 
     def _against(self, name: str, batch: Batch, expected: Callable[[], FloatArray]) -> _Case:
-        return _Case(name, batch, lambda: compare(self.engine.predict(batch), expected(), self.limit(batch)))
+        def run() -> OutputParity:
+            limit = self.limit(batch)
+            return compare(self.engine.predict(batch), expected(), limit.most, limit.rms)
+
+        return _Case(name, batch, run)
 
     def _both(self, name: str, batch: Batch, told: Batch | None = None) -> _Case:
         """Engine on `batch`, and reference on `told`, which is the same batch in another type."""

@@ -19,6 +19,17 @@ apart, can be millions of units apart: an engine whose sigmoid ends at 1e-8 is r
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """Difference of probabilities to accept."""
+
+    most: float
+    """Of any sample."""
+
+    rms: float | None = None
+    """Root mean square over a batch; None where any is accepted."""
+
+
+@dataclass(frozen=True, slots=True)
 class OutputParity:
     """How far an output [B] is from its reference, in the output's own unit."""
 
@@ -47,10 +58,18 @@ class OutputParity:
     """Rows that are NaN or infinite in the output or in the reference."""
 
     limit: float
+    """Of `max_abs`."""
+
+    rms: float = 0.0
+    """Root mean square of the differences, over the same rows as `max_abs`."""
+
+    rms_limit: float | None = None
+    """Of `rms`; None where any is accepted."""
 
     @property
     def passed(self) -> bool:
-        return self.nonfinite == 0 and self.max_abs <= self.limit
+        typical = self.rms_limit is None or self.rms <= self.rms_limit
+        return self.nonfinite == 0 and self.max_abs <= self.limit and typical
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: every value is finite."""
@@ -64,16 +83,19 @@ class OutputParity:
             "worst_row": self.worst_row,
             "nonfinite": self.nonfinite,
             "limit": self.limit,
+            "rms": self.rms,
+            "rms_limit": self.rms_limit,
         }
 
 
-def compare(actual: FloatArray, expected: FloatArray, limit: float) -> OutputParity:
+def compare(actual: FloatArray, expected: FloatArray, limit: float, rms_limit: float | None = None) -> OutputParity:
     """Compare two outputs [B].
 
     Args:
         actual: of the engine.
         expected: of the reference.
         limit: absolute difference to accept.
+        rms_limit: root mean square of the differences to accept; None for any.
 
     Raises:
         EngineError: the shapes differ, or `actual` is not float32.
@@ -104,6 +126,8 @@ def compare(actual: FloatArray, expected: FloatArray, limit: float) -> OutputPar
         worst_row=worst,
         nonfinite=int((~finite).sum()),
         limit=limit,
+        rms=float(np.sqrt(np.mean(difference**2))) if difference.size else 0.0,
+        rms_limit=rms_limit,
     )
 
 

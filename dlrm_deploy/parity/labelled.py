@@ -22,7 +22,7 @@ from dlrm_deploy.data.dataset import Dataset
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.errors import BatchError, DataError
 from dlrm_deploy.metrics import Difference, auc, calibration, log_loss, paired_differences
-from dlrm_deploy.parity.compare import FloatArray, OutputParity, compare
+from dlrm_deploy.parity.compare import FloatArray, Limit, OutputParity, compare
 from dlrm_deploy.parity.report import LabelledParity, ParityCase, Quality
 
 MAX_AUC_DROP = 1e-4
@@ -130,7 +130,7 @@ def compare_labelled(
     reference: Engine,
     engine: Engine,
     *,
-    limit: Callable[[Batch], float],
+    limit: Callable[[Batch], Limit],
     max_auc_drop: float = MAX_AUC_DROP,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -141,7 +141,7 @@ def compare_labelled(
         samples: of both classes.
         reference: the engine to compare with.
         engine: the engine in question.
-        limit: absolute difference of probabilities to accept, of a slice; the largest of all slices counts.
+        limit: difference of probabilities to accept, of a slice; the largest of all slices counts, for any sample.
         max_auc_drop: drop in AUC to accept.
         resamples: of the bootstrap intervals.
         seed: of the resamples.
@@ -165,7 +165,7 @@ def compare_labelled(
             raise DataError(f"{samples.source}, from sample {sum(piece.size for piece in labels)} on: {err}") from err
         try:
             actual.append(engine.predict(batch))
-            accepted = max(accepted, limit(batch))
+            accepted = max(accepted, limit(batch).most)
             badness = _badness(compare(actual[-1], expected[-1], accepted))
         except Exception as err:  # whatever an engine throws is a fact about this case only
             return ParityCase(CASE, problem=str(err) or type(err).__name__, batch=batch), None

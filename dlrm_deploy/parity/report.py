@@ -173,6 +173,15 @@ class ParityReport:
         return sum(output.rows for output in self.outputs)
 
     @property
+    def rms_problems(self) -> tuple[str, ...]:
+        """Cases whose samples are off too far on average: the engine rounds in another way, or has other weights."""
+        return tuple(
+            f"{case.name}: root mean square {output.rms:.2e} (limit {output.rms_limit:.1e})"
+            for case in self.cases
+            if (output := case.output) and output.rms_limit is not None and not output.rms <= output.rms_limit
+        )
+
+    @property
     def worst(self) -> ParityCase | None:
         """The first case with a problem or a value that is not finite, else the one with the largest difference: of
         those over their limit, if any are."""
@@ -194,6 +203,7 @@ class ParityReport:
             f"{verdict}  {OUTPUT}: max abs error {error:.2e}{where} "
             f"(limit {limit:.1e}, {self.rows} rows, against {self.reference})"
         )
+        line += "".join(f"; {problem}" for problem in self.rms_problems)
         problems = [case.name for case in self.cases if case.problem]
         return f"{line}; not passed: {', '.join(problems)}" if problems else line
 

@@ -2,7 +2,7 @@
 
 Each stage is computed in float64 from the *engine's own* inputs to it, so that an error shows where it is made and
 nowhere else. The bound is not a tolerance but the largest error that float32 rounding can make in any order of
-additions (`_bound`).
+additions (`_bound`). Rows of any format are what they decode to; MLPs are fp32 ones.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.config import LOG_SHIFTS
+from dlrm_deploy.formats import decode
 from dlrm_deploy.model.keys import DENSE_VECTORS, WIDE_BIAS, WIDE_DENSE, bottom_keys, branch_keys, cross_keys, top_keys
 from dlrm_deploy.model.stage_names import (
     DENSE_LOG,
@@ -73,7 +74,9 @@ class Stages:
         self._config = bundle.config
         self._batch = batch
         self._weights = {key: array.astype(np.float64) for key, array in bundle.dense_weights().items()}
-        self._tables = bundle.map_tables()
+        self._tables = bundle.map_groups()
+        self._layouts = bundle.manifest.layouts
+        self._formats = bundle.manifest.table_formats
         self._runs = runs(self._config)
         self._groups = self._config.groups
         paths = [path_name(self._config.features[f].name) for f, _ in path_features(self._config)]
@@ -112,7 +115,7 @@ class Stages:
         for g, group in enumerate(self._groups):
             if not group.slots:
                 continue
-            attributes = BagAttributes.of(self._config, group)
+            attributes = BagAttributes.of(self._config, group, self._formats)
             for t, slot in enumerate(group.slots):
                 feature = self._config.features[slot.feature].name
                 yield Stage(
@@ -124,7 +127,7 @@ class Stages:
 
     def _pool(self, g: int, t: int, attributes: BagAttributes, _: Seen) -> Value:
         """[B, 1, D] of a slot."""
-        feature, width = attributes.features[t], self._tables[g].shape[1]
+        feature, width = attributes.features[t], self._groups[g].width
         bags = self._bags(feature, width)
         for ids in self._blocks(feature, width):
             vectors, weights = self._looked_up(g, t, attributes, ids)
@@ -153,7 +156,8 @@ class Stages:
         """The row [n, D] that each id reads, zeros where it reads none, and its weight [n], if there are any."""
         batch = self._batch
         rows, kept = table_rows(batch.indices[ids].astype(np.int64), attributes, t)
-        vectors = self._tables[g][rows].astype(np.float64)
+        kind = attributes.slot_formats[t]
+        vectors = decode(kind, self._tables[g][kind][rows], self._groups[g].width).astype(np.float64)
         vectors[~kept] = 0
         return vectors, None if batch.weights is None else batch.weights[ids].astype(np.float64)
 
@@ -167,8 +171,9 @@ class Stages:
         """[B, 1, W] of a feature of a path table: the MLPs of its ids one by one, in the rows of all parts but one."""
         places = []
         for part in parts:
-            g, group = next((g, group) for g, group in enumerate(self._groups) if part in group.parts)
-            places.append((g, BagAttributes.of_ids(self._config, feature, part, group.rows_of(part.name).start)))
+            g = next(g for g, group in enumerate(self._groups) if part in group.parts)
+            kind, row_start = self._layouts[g].place(part.name)
+            places.append((g, BagAttributes.of_ids(self._config, feature, part, row_start, kind)))
         W = parts[0].width
         bags = self._bags(feature, W)
         for ids in self._blocks(feature, max(part.width for part in parts)):

@@ -19,6 +19,8 @@ import dlrm_deploy
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.errors import BundleError
 from dlrm_deploy.export.graph import write_model
+from dlrm_deploy.formats import from_bf16, to_bf16
+from dlrm_deploy.model.keys import mlp_weight_keys
 
 _SHOWN = 60
 
@@ -37,15 +39,23 @@ def differences(bundle: Bundle) -> Iterator[tuple[str, str]]:
         ) from err
     weights = bundle.dense_weights()
     held = {tensor.name: tensor for tensor in stored.graph.initializer}
+    manifest = bundle.manifest
+    rounded = mlp_weight_keys(manifest.model) if manifest.mlp_precision == "bf16" else frozenset()
     for key, weight in weights.items():
         if key not in held:
             yield f"weight {key}", "the graph does not hold it"
-        elif detail := _weight_difference(numpy_helper.to_array(held[key]), weight):
+        elif detail := _held_difference(held[key], weight, key in rounded):
             yield f"weight {key}", detail
     if stored.producer_version != dlrm_deploy.__version__:
         return
-    manifest = bundle.manifest
-    expected = write_model(manifest.model, weights, manifest.table_groups, manifest.index_dtype.name)
+    expected = write_model(
+        manifest.model,
+        weights,
+        manifest.table_groups,
+        manifest.index_dtype.name,
+        table_formats=manifest.table_formats,
+        mlp_precision=manifest.mlp_precision,
+    )
     for tensor in expected.graph.initializer:
         if tensor.name not in weights and held.get(tensor.name) != tensor:
             yield f"tensor {tensor.name}", "it does not refer to its table file as exported"
@@ -58,6 +68,18 @@ def differences(bundle: Bundle) -> Iterator[tuple[str, str]]:
             yield place, "it is missing"
         else:
             yield from _node_differences(place, found.node, body.node)
+
+
+def _held_difference(held: onnx.TensorProto, weight: npt.NDArray[np.float32], rounded: bool) -> str | None:
+    """`_weight_difference` for a weight that the graph holds in float32, or rounded to bfloat16."""
+    is_bf16 = held.data_type == onnx.TensorProto.BFLOAT16
+    if is_bf16 != rounded:
+        kind = onnx.TensorProto.DataType.Name(held.data_type)
+        return f"the graph holds it as {kind}, expected {'BFLOAT16' if rounded else 'FLOAT'}"
+    values = numpy_helper.to_array(held)
+    return _weight_difference(
+        values.astype(np.float32) if is_bf16 else values, from_bf16(to_bf16(weight)) if rounded else weight
+    )
 
 
 def _weight_difference(held: npt.NDArray[Any], weight: npt.NDArray[np.float32]) -> str | None:

@@ -42,6 +42,7 @@ from dlrm_deploy.engines.tensorrt.sidecar import (
 )
 from dlrm_deploy.errors import BatchError, EngineError, MissingDependencyError
 from dlrm_deploy.files import atomic_file, locked, output_errors, sha256_file
+from dlrm_deploy.formats import tensor_name
 
 if TYPE_CHECKING:
     import onnx
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 CONSTANT_TABLE_BYTES = 64 << 20
 _BEST_BATCH = 256
 _INT32_MAX = 2**31 - 1
-_INT32_INPUTS = frozenset({"indices", "offsets"})
+_ELEMENT_TYPES = {1: "float32", 3: "int8", 6: "int32", 10: "float16", 16: "bfloat16"}  # of onnx.TensorProto
 _BATCH_INPUTS = frozenset({"dense", "indices", "offsets", "weights"})
 
 
@@ -67,7 +68,7 @@ def build_plan(
     bundle: Bundle,
     engine: str,
     *,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
     max_bag: int | None = None,
     tables: Tables = "auto",
@@ -77,7 +78,7 @@ def build_plan(
     Args:
         bundle: an opened bundle. An earlier plan of the same engine is replaced once the new one is complete.
         engine: "tensorrt-rtx" or "tensorrt".
-        precision: number format of MLPs and interaction: "fp32", "fp16" or "bf16".
+        precision: number format of MLPs and interaction: "fp32", "fp16" or "bf16"; None for that of the bundle's MLPs.
         max_batch: samples that the plan takes at once; the engine cuts larger batches.
         max_bag: ids that a bag can hold; None for the longest that the model's features expect. Without meaning
             where all pooling factors are fixed.
@@ -88,6 +89,8 @@ def build_plan(
         EngineError: the library refuses the graph, crashes, or cannot build here; or an argument is out of range.
         OutputError: the bundle cannot be written; it is as it was.
     """
+    if precision is None:
+        precision = bundle.manifest.mlp_precision
     if precision not in PRECISIONS:
         raise EngineError(f"no plan has precision {precision!r}. Choose one of {', '.join(PRECISIONS)}.")
     module = import_library(engine)
@@ -97,7 +100,8 @@ def build_plan(
             "Build there, or build for engine tensorrt-rtx here."
         )
     config = bundle.config
-    table_inputs = tables == "input" or (tables == "auto" and config.table_bytes > CONSTANT_TABLE_BYTES)
+    table_bytes = sum(layout.bytes for layout in bundle.manifest.layouts)
+    table_inputs = tables == "input" or (tables == "auto" and table_bytes > CONSTANT_TABLE_BYTES)
     bag = None if config.pooling_factors else max_bag or _longest_bag(bundle)
     profile = make_profile(config, max_batch, bag)
     model = _write_graph(bundle, engine, precision, bag, table_inputs)
@@ -112,6 +116,7 @@ def build_plan(
         sha256 = sha256_file(plan)
         stem = f"engines/{engine}-{precision}"
         model_file = bundle.manifest.files[MODEL]
+        tensors = _tensors(model, result["tensors"])
         sidecar = Sidecar(
             schema_version=SCHEMA_VERSION,
             engine=engine,
@@ -122,8 +127,8 @@ def build_plan(
             compute_capabilities=_compute_capabilities(module, plan),
             max_bag=bag,
             profile=profile,
-            tensors=_tensors(model, result["tensors"]),
-            table_inputs=_table_inputs(bundle) if table_inputs else (),
+            tensors=tensors,
+            table_inputs=_table_inputs(bundle, tensors) if table_inputs else (),
             builder=result["builder"],
             layers=tuple(PlanLayer(**{**layer, "reads": tuple(layer["reads"])}) for layer in result["layers"]),
             memory=result["memory"],
@@ -175,7 +180,8 @@ def _write_graph(
     return write_tensorrt_model(
         bundle.config,
         bundle.dense_weights(),
-        None if table_inputs else bundle.map_tables(),
+        None if table_inputs else bundle.map_groups(),
+        table_formats=bundle.manifest.table_formats,
         max_bag=max_bag or 1,
         precision=precision,
     )
@@ -187,7 +193,8 @@ def check_graph(
     """Execute the graph with ONNX Runtime on the golden batch, as far as its samples fit the plan."""
     import onnxruntime as ort
 
-    from dlrm_deploy.export.tensorrt_graph import runnable_on_cpu, table_tensor
+    from dlrm_deploy.engines.ort_tables import ort_value
+    from dlrm_deploy.export.tensorrt_graph import runnable_on_cpu
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -195,10 +202,11 @@ def check_graph(
     session = ort.InferenceSession(
         runnable_on_cpu(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    tables: dict[str, Any] = {}
+    tables: dict[str, ort.OrtValue] = {}
     if table_inputs:
-        names = [table_tensor(group.name) for group in bundle.config.groups]
-        tables = dict(zip(names, bundle.map_tables(), strict=True))
+        for record, stored in zip(bundle.manifest.table_groups, bundle.map_tables(), strict=True):
+            matrix = stored.view(np.int8) if stored.dtype == np.uint8 else stored  # as `plan_inputs` calls bytes
+            tables[tensor_name(record.name, record.format)] = ort_value(matrix, record.format)
     golden = bundle.golden()
     differences = []
     for row in range(golden.batch.batch_size):
@@ -283,7 +291,7 @@ def _tensors(model: onnx.ModelProto, built: list[dict[str, Any]]) -> tuple[PlanT
     for value, seen in zip(graph_tensors, built, strict=True):
         shape = tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim)
         static = [-1 if isinstance(size, str) else size for size in shape]
-        expected = "int32" if value.name in _INT32_INPUTS else "float32"
+        expected = _ELEMENT_TYPES[value.type.tensor_type.elem_type]
         if (value.name, expected, static) != (seen["name"], seen["dtype"], seen["shape"]):
             raise EngineError(
                 f"the plan's tensor {seen['name']} is {seen['dtype']} {seen['shape']}, and {value.name} {expected} "
@@ -294,16 +302,15 @@ def _tensors(model: onnx.ModelProto, built: list[dict[str, Any]]) -> tuple[PlanT
     return tuple(tensors)
 
 
-def _table_inputs(bundle: Bundle) -> tuple[TableInput, ...]:
-    from dlrm_deploy.export.tensorrt_graph import table_tensor
-
+def _table_inputs(bundle: Bundle, tensors: tuple[PlanTensor, ...]) -> tuple[TableInput, ...]:
+    types = {tensor.name: tensor.dtype for tensor in tensors}
     return tuple(
         TableInput(
-            tensor=table_tensor(record.name),
+            tensor=tensor_name(record.name, record.format),
             file=record.file,
             rows=record.rows,
             width=record.width,
-            dtype=record.dtype,
+            dtype=types[tensor_name(record.name, record.format)],
             sha256=bundle.manifest.files[record.file].sha256,
         )
         for record in bundle.manifest.table_groups

@@ -11,7 +11,14 @@ from dlrm_deploy.engines.tensorrt.layers import read_layers, read_memory
 from dlrm_deploy.engines.tensorrt.library import log_of
 from dlrm_deploy.errors import EngineError
 
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+}
 
 
 def build(module: ModuleType, model: Path, profile: dict[str, list[list[int]]], plan: Path) -> dict[str, Any]:

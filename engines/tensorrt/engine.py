@@ -24,6 +24,8 @@ from dlrm_deploy.engines.tensorrt.library import MODULES, import_library, log_of
 from dlrm_deploy.engines.tensorrt.sidecar import Sidecar
 from dlrm_deploy.errors import BundleError, EngineError
 
+_ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
 
 def open_tensorrt_engine(bundle: Bundle, name: str, threads: int) -> Engine:
     """Open the plan that a bundle holds for engine `name`, "tensorrt-rtx" or "tensorrt".
@@ -186,7 +188,9 @@ class _Execution:
         tables = {table.tensor: matrices[table.file] for table in self._sidecar.table_inputs}
         for tensor in self._sidecar.tensors:
             shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-            addresses[tensor.name] = self._device.allocate(int(np.prod(shape, dtype=np.int64)) * 4)
+            addresses[tensor.name] = self._device.allocate(
+                int(np.prod(shape, dtype=np.int64)) * _ITEM_BYTES[tensor.dtype]
+            )
             if tensor.name in tables:
                 self._device.upload(addresses[tensor.name], tables[tensor.name])
                 self._context.set_input_shape(tensor.name, tables[tensor.name].shape)

@@ -60,13 +60,17 @@ class PlanTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableInput:
-    """A table group that the plan takes as an input: which tensor, and the file with its rows."""
+    """A stored matrix of a table group that the plan takes as an input: which tensor, and the file with its rows."""
 
     tensor: str
     file: str
     rows: int
     width: int
+    """Values of a row, whatever bytes they take."""
+
     dtype: str
+    """As the plan names it: rows of int8 and int4 formats are bytes, and int8."""
+
     sha256: str
 
 

@@ -10,7 +10,17 @@ import pytest
 from bundles import make_bundle
 
 from dlrm_deploy.bench.calibration import Calibration
-from dlrm_deploy.bench.rows import BenchReport, BenchRow, Circumstances, NotRun, summarise
+from dlrm_deploy.bench.rows import (
+    Agreement,
+    BenchReport,
+    BenchRow,
+    Circumstances,
+    Footprint,
+    NotRun,
+    over_floor,
+    summarise,
+)
+from dlrm_deploy.bench.work import Work, floor_of
 from dlrm_deploy.bundle import Bundle
 
 
@@ -37,7 +47,13 @@ def make_report() -> Callable[..., BenchReport]:
 
 
 def _report(
-    *, max_abs_difference: float = 0.0, other_load: float | None = 0.0, calibrated: bool = True, **circumstances: object
+    *,
+    ours: str = "onnxruntime",
+    max_abs_difference: float = 0.0,
+    spread_error: float | None = None,
+    other_load: float | None = 0.0,
+    calibrated: bool = True,
+    **circumstances: object,
 ) -> BenchReport:
     shared = {
         "command": "dlrm-deploy bench b",
@@ -50,31 +66,43 @@ def _report(
         "distribution": "uniform",
         "rounds": 1,
         "slice_ms": 1.0,
+        "isolate": False,
+        "prefault": False,
+        "huge_pages": False,
         "table_bytes": 2_160_000_000,
         "reference": "torch",
         "omp_wait_policy": None,
         "calibration_missing": None if calibrated else "no library",
     }
     calibration = Calibration(
-        fma_gflops=200.0, stream_gb_per_s=10.0, gather_gb_per_s=5.0, row_bytes=64, gather_bytes=1024
+        fma_gflops=200.0, amx_bf16_gflops=None, amx_int8_gops=None, stream_gb_per_s=10.0, gather={64: 5.0}
     )
+    work = Work(gathered={64: 640.0}, flops=20_000.0, mlp="fp32")
     rows = []
     for batch in (4, 64):
         baseline = [np.array([batch * 1_000_000])]
-        for engine, calls in (("torch", baseline), ("onnxruntime", [baseline[0] // 2])):
+        for engine, calls in (("torch", baseline), (ours, [baseline[0] // 2])):
             rows.append(
                 BenchRow(
                     model="kaggle",
                     engine=engine,
+                    tables="fp32",
+                    mlp="fp32",
                     engine_version=f"{engine} 2",
                     implementations={"DotInteraction": "PyTorch eager"},
                     batch=batch,
                     timing=summarise(calls, baseline, batch),
                     baseline="torch",
-                    max_abs_difference=max_abs_difference,
+                    agreement=Agreement(
+                        max_abs_difference=max_abs_difference, correlation=0.999, spread_error=spread_error
+                    ),
                     distinct_batches=3,
                     other_load=other_load,
                     calibration=calibration if calibrated else None,
+                    work=work,
+                    floor=over_floor(calls, [floor_of(work, calibration, batch)]) if calibrated else None,
+                    footprint=Footprint(load_seconds=0.5, resident_bytes=1000, stored_table_bytes=2_160_000_000),
+                    breakdown={"Gemm": 0.75, "DotInteraction": 0.25} if engine == ours else None,
                 )
             )
     return BenchReport(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dlrm_deploy.batch import Batch
-from dlrm_deploy.bench.measure import SETTLE_SECONDS, WARM_CALLS, interleave, order_of_round
+from dlrm_deploy.bench.measure import SETTLE_SECONDS, WARM_CALLS, Slicer, interleave, order_of_round
 
 MS = 1_000_000
 
@@ -39,9 +39,11 @@ def batches(count: int) -> list[Batch]:
 
 
 def run(machine: Machine, calls: dict[str, object], count: int = 6, rounds: int = 3, slice_ms: float = 10.0, **more):
-    return interleave(
-        calls, batches(count), rounds=rounds, slice_ms=slice_ms, clock=machine.clock, sleep=machine.sleep, **more
-    )
+    slices = {
+        name: Slicer(call, batches(count), slice_ms, start=i / len(calls), clock=machine.clock)
+        for i, (name, call) in enumerate(calls.items())
+    }
+    return interleave(slices, rounds=rounds, sleep=machine.sleep, **more)
 
 
 def test_order_moves_on_by_one_each_round():
@@ -77,14 +79,8 @@ def test_a_call_longer_than_the_slice_is_measured_once():
 def test_a_clock_too_coarse_to_move_cannot_make_an_empty_slice():
     machine = Machine()
     ticks = iter([0, 0, 0, 20 * MS])
-    latencies = interleave(
-        {"a": machine.engine("a", 0)},
-        batches(1),
-        rounds=1,
-        slice_ms=10,
-        clock=lambda: next(ticks, 20 * MS),
-        sleep=machine.sleep,
-    )
+    slicer = Slicer(machine.engine("a", 0), batches(1), 10, clock=lambda: next(ticks, 20 * MS))
+    latencies = interleave({"a": slicer}, rounds=1, sleep=machine.sleep)
     assert all(calls.size for calls in latencies["a"])
 
 
@@ -129,4 +125,4 @@ def test_an_error_of_an_engine_is_not_swallowed():
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        interleave({"a": fail}, batches(1), rounds=1, slice_ms=1, sleep=lambda seconds: None)
+        interleave({"a": Slicer(fail, batches(1), 1)}, rounds=1, sleep=lambda seconds: None)

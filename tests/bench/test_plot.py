@@ -47,7 +47,7 @@ def test_the_picture_states_model_threads_cpu_and_calibration(make_report, tmp_p
         "2 threads",
         "Quick 9000",
         "200 GFLOP/s",
-        "5 GB/s random 64-byte rows",
+        "5 GB/s rows of the batches",
         "torch 2",
     ):
         assert fact in texts
@@ -80,3 +80,13 @@ def test_without_matplotlib_the_extra_is_named(make_report, tmp_path, monkeypatc
     monkeypatch.setattr(bench_plot, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"dlrm-deploy\[bench\]"):
         plot(make_report(), tmp_path / "out.png")
+
+
+def test_peers_and_variants_have_lines_of_their_own(make_report, tmp_path, drawn):
+    plot(make_report(ours="onnxruntime[int8,bf16]"), tmp_path / "out.png")
+    plot(make_report(ours="openvino-bf16"), tmp_path / "out.png")
+    for figure, engine in zip(drawn, ("onnxruntime[int8,bf16]", "openvino-bf16"), strict=True):
+        labels = [line.get_label() for line in figure.axes[0].get_lines()]
+        assert engine in labels
+        styles = {(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()}
+        assert len(styles) == 2

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from dlrm_deploy.bench.rows import readable_bytes, summarise
+from dlrm_deploy.bench.rows import over_floor, readable_bytes, summarise
+from dlrm_deploy.bench.work import Floor
 
 MS = 1_000_000
 
@@ -54,6 +55,18 @@ def test_readable_bytes(count, text):
     assert readable_bytes(count) == text
 
 
+def test_without_calibration_the_floor_is_null_not_missing(make_report):
+    line = json.loads(make_report(calibrated=False).to_json_lines().splitlines()[0])
+    assert (line["calibration"], line["floor_ms"], line["times_floor"], line["floor_overlap_ms"]) == (None,) * 4
+
+
+def test_the_floor_is_compared_round_by_round():
+    floors = [Floor(gather_ms=1.0, compute_ms=1.0), Floor(gather_ms=9.0, compute_ms=1.0)]
+    found = over_floor(rounds([4], [30]), floors)  # 2 and 3 times the sum, 4 and 3.33 times the longer part
+    assert (found.floor_ms, found.times_floor) == pytest.approx((6.0, 2.5))
+    assert (found.floor_overlap_ms, found.times_floor_overlap) == pytest.approx((5.0, (4 + 30 / 9) / 2))
+
+
 def test_each_json_line_is_complete_in_itself(make_report):
     lines = [json.loads(line) for line in make_report().to_json_lines().splitlines()]
     assert [(line["engine"], line["batch"]) for line in lines] == [
@@ -68,6 +81,13 @@ def test_each_json_line_is_complete_in_itself(make_report):
         assert (line["command"], line["cpu"], line["threads"]) == ("dlrm-deploy bench b", "Quick 9000, 8 cores", 2)
     assert lines[1]["samples_per_s"] == pytest.approx(2000)
     assert lines[1]["ratio"] == pytest.approx(2)
-    assert lines[1]["calibration"]["gather_gb_per_s"] == 5.0
+    assert lines[1]["calibration"]["gather"] == {"64": 5.0}
+    assert lines[1]["kind"] == lines[4]["kind"] == "throughput"
+    assert lines[1]["floor_ms"] == pytest.approx(4 * (640 / 5 + 20_000 / 200) * 1e-6)
+    assert lines[1]["floor_overlap_ms"] == pytest.approx(4 * 640 / 5 * 1e-6)
+    assert lines[1]["times_floor"] == pytest.approx(2 / lines[1]["floor_ms"])
+    assert (lines[1]["bytes_per_sample"], lines[1]["flops_per_sample"]) == (640, 20_000)
+    assert lines[1]["breakdown"] == {"Gemm": 0.75, "DotInteraction": 0.25}
+    assert (lines[1]["load_seconds"], lines[1]["resident_bytes"]) == (0.5, 1000)
     assert lines[4]["not_run"] == "no GPU"
     assert "samples_per_s" not in lines[4]

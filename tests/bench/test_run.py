@@ -4,22 +4,33 @@ import numpy as np
 import pytest
 
 from dlrm_deploy.batch import Batch
+from dlrm_deploy.bench import limits, subject
 from dlrm_deploy.bench import run as bench_run
 from dlrm_deploy.bench.calibration import Calibration
-from dlrm_deploy.bench.run import BenchSettings, default_engines, run_bench, steps
+from dlrm_deploy.bench.run import run_bench, steps
+from dlrm_deploy.bench.settings import BenchSettings
+from dlrm_deploy.bench.variant import Variant
 from dlrm_deploy.engines.engine import Engine
-from dlrm_deploy.engines.registry import ENGINE_NAMES
-from dlrm_deploy.errors import BatchError, BundleError, ConfigError, EngineError, MissingDependencyError
+from dlrm_deploy.errors import BatchError, BundleError, EngineError, MissingDependencyError
 
 CPU_ENGINES = ("torch", "onnxruntime-stock", "onnxruntime")
-CALIBRATION = Calibration(fma_gflops=200.0, stream_gb_per_s=10.0, gather_gb_per_s=5.0, row_bytes=64, gather_bytes=4096)
+
+
+def rates(fma: float, rows) -> Calibration:
+    return Calibration(
+        fma_gflops=fma,
+        amx_bf16_gflops=None,
+        amx_int8_gops=None,
+        stream_gb_per_s=10.0,
+        gather={part.row_bytes: 5.0 for part in rows},
+    )
 
 
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch):
     monkeypatch.setattr("dlrm_deploy.bench.inputs.GATHERED_BYTES", 1 << 12)
     monkeypatch.setattr("dlrm_deploy.bench.measure.SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(bench_run, "measure_calibration", lambda config, threads: CALIBRATION)
+    monkeypatch.setattr(limits, "measure_calibration", lambda threads, rows: rates(200.0, rows))
 
 
 def quick(**options: object) -> BenchSettings:
@@ -63,13 +74,13 @@ def engines(monkeypatch):
     """Replace the list of engines: name -> engine, or the error that opening it raises."""
 
     def use(made: dict[str, Engine | Exception]) -> None:
-        def open_one(bundle, name, *, threads, spin):
+        def open_one(bundle, name, *, threads, spin, prefault=False, huge_pages=False):
             assert not spin, "spinning threads disturb the other engines"
             if isinstance(made[name], Exception):
                 raise made[name]
             return made[name]
 
-        monkeypatch.setattr(bench_run, "open_unchecked", open_one)
+        monkeypatch.setattr(subject, "open_unchecked", open_one)
 
     return use
 
@@ -81,8 +92,13 @@ def test_every_engine_is_measured_at_every_batch_size_and_agrees(measured_bundle
     for row in report.rows:
         assert row.timing.calls >= 2
         assert row.timing.p50_ms > 0
-        assert row.max_abs_difference <= 1e-6
-        assert row.calibration == CALIBRATION
+        assert row.agreement.max_abs_difference <= 1e-6
+        assert row.calibration.fma_gflops == 200.0
+        assert row.floor.times_floor > 0
+        assert row.work.bytes == sum(row.work.gathered.values())
+        assert set(row.work.gathered) == set(row.calibration.gather)
+        assert row.footprint.stored_table_bytes == measured_bundle.config.table_bytes
+        assert (row.tables, row.mlp, row.breakdown) == ("fp32", "fp32", None)
         assert row.implementations
         assert row.model == measured_bundle.config.name
     assert {row.timing.ratio for row in report.rows if row.engine == "torch"} == {1.0}
@@ -91,9 +107,9 @@ def test_every_engine_is_measured_at_every_batch_size_and_agrees(measured_bundle
 
 def test_rows_say_which_kernels_ran(dot_bundle):
     report = run_bench(dot_bundle, quick(engines=("onnxruntime-stock", "onnxruntime"), batch_sizes=(1,)))
-    stock, ours = (row.implementations["DotInteraction"] for row in report.rows)
-    assert "function body" in stock
-    assert "C++ kernel" in ours
+    stock, ours = (set(row.implementations.values()) for row in report.rows)
+    assert "function body" in stock.pop()
+    assert "C++ kernel" in ours.pop()
 
 
 def test_the_first_engine_is_the_baseline_unless_another_is_named(dot_bundle):
@@ -110,7 +126,7 @@ def test_differences_are_reported_from_the_reference(dot_bundle, engines):
     engines({"onnxruntime": Constant(dot_bundle, near), "torch": Constant(dot_bundle, 0.25)})
     report = run_bench(dot_bundle, quick(engines=("onnxruntime", "torch"), batch_sizes=(3,)))
     assert report.circumstances.reference == "torch"
-    assert [row.max_abs_difference for row in report.rows] == [2**-23, 0.0]
+    assert [row.agreement.max_abs_difference for row in report.rows] == [2**-23, 0.0]
 
 
 def test_engines_that_do_not_agree_are_refused_before_anything_is_timed(dot_bundle, engines, monkeypatch):
@@ -122,21 +138,29 @@ def test_engines_that_do_not_agree_are_refused_before_anything_is_timed(dot_bund
 
 
 def test_a_plan_of_lower_precision_is_measured_and_its_difference_shown(dot_bundle, engines):
-    engines({"tensorrt": Constant(dot_bundle, 0.5, precision="fp16"), "onnxruntime": Constant(dot_bundle, 0.25)})
+    engines(
+        {"tensorrt": Constant(dot_bundle, 0.25 + 2**-7, precision="fp16"), "onnxruntime": Constant(dot_bundle, 0.25)}
+    )
     report = run_bench(dot_bundle, quick(engines=("tensorrt", "onnxruntime"), batch_sizes=(3,)))
     assert report.circumstances.reference == "onnxruntime"  # not the first: it is no float32 engine
-    assert [row.max_abs_difference for row in report.rows] == [0.25, 0.0]
+    assert [row.agreement.max_abs_difference for row in report.rows] == [2**-7, 0.0]
+
+
+def test_a_plan_of_lower_precision_that_computes_something_else_is_refused(dot_bundle, engines):
+    engines({"tensorrt": Constant(dot_bundle, 0.5, precision="fp16"), "onnxruntime": Constant(dot_bundle, 0.25)})
+    with pytest.raises(EngineError, match="tensorrt differs from onnxruntime by 0.25 .* MLPs in fp16 at most 0.02"):
+        run_bench(dot_bundle, quick(engines=("tensorrt", "onnxruntime"), batch_sizes=(3,)))
 
 
 def test_without_a_float32_engine_the_first_one_is_the_reference(dot_bundle, engines):
     made = {
-        "tensorrt-rtx": Constant(dot_bundle, 0.5, precision="bf16"),
-        "tensorrt": Constant(dot_bundle, 0.25, precision="fp16"),
+        "tensorrt-rtx": Constant(dot_bundle, 0.25, precision="bf16"),
+        "tensorrt": Constant(dot_bundle, 0.25 - 2**-7, precision="fp16"),
     }
     engines(made)
     report = run_bench(dot_bundle, quick(engines=tuple(made), batch_sizes=(3,)))
     assert report.circumstances.reference == "tensorrt-rtx"
-    assert [row.max_abs_difference for row in report.rows] == [0.0, 0.25]
+    assert [row.agreement.max_abs_difference for row in report.rows] == [0.0, 2**-7]
 
 
 def test_nan_is_refused_before_anything_is_timed(dot_bundle, engines, monkeypatch):
@@ -163,7 +187,7 @@ def test_an_engine_that_cannot_take_the_longest_bag_is_not_timed(dot_bundle, eng
             return super()._run(batch)
 
     batches = [Batch.from_bags([[0, 0, 0]], [[[0] * n], [[0]], [[0]]]) for n in (1, 7, 2)]
-    monkeypatch.setattr(bench_run, "rotating_batches", lambda *a, **k: batches)
+    monkeypatch.setattr("dlrm_deploy.bench.inputs.rotating_batches", lambda *a, **k: batches)
     engines({"torch": Constant(dot_bundle, 0.5), "tensorrt": ShortBags(dot_bundle, 0.5)})
     report = run_bench(dot_bundle, quick(engines=("torch", "tensorrt"), batch_sizes=(1,)))
     assert [(n.engine, n.reason) for n in report.not_run] == [("tensorrt", "the bag is too long")]
@@ -238,25 +262,19 @@ def test_engines_are_closed_after_a_failure(dot_bundle, engines):
 
 
 def test_without_the_native_library_the_report_says_why_there_is_no_calibration(dot_bundle, engines, monkeypatch):
-    def missing(config, threads):
+    def missing(threads, rows):
         raise EngineError("the native library is not there")
 
-    monkeypatch.setattr(bench_run, "measure_calibration", missing)
+    monkeypatch.setattr(limits, "measure_calibration", missing)
     engines({"torch": Constant(dot_bundle, 0.5)})
     report = run_bench(dot_bundle, quick(engines=("torch",)))
     assert report.circumstances.calibration_missing == "the native library is not there"
-    assert {row.calibration for row in report.rows} == {None}
+    assert [(row.calibration, row.floor) for row in report.rows] == [(None, None)] * 2
 
 
 def test_calibration_is_taken_before_each_round(dot_bundle, engines, monkeypatch):
-    rates = iter([1.0, 9.0, 2.0])
-
-    def measure(config, threads):
-        return Calibration(
-            fma_gflops=next(rates), stream_gb_per_s=1.0, gather_gb_per_s=1.0, row_bytes=64, gather_bytes=64
-        )
-
-    monkeypatch.setattr(bench_run, "measure_calibration", measure)
+    moments = iter([1.0, 9.0, 2.0])
+    monkeypatch.setattr(limits, "measure_calibration", lambda threads, rows: rates(next(moments), rows))
     engines({"torch": Constant(dot_bundle, 0.5)})
     report = run_bench(dot_bundle, quick(engines=("torch",), batch_sizes=(1,), rounds=3))
     assert report.rows[0].calibration is not None
@@ -265,7 +283,7 @@ def test_calibration_is_taken_before_each_round(dot_bundle, engines, monkeypatch
 
 def test_the_tables_are_read_through_each_cpu_engine_before_timing(dot_bundle, engines, monkeypatch):
     touched = []
-    monkeypatch.setattr(bench_run, "touching_batches", lambda config, dtype: touched.append(dtype) or iter(()))
+    monkeypatch.setattr(subject, "touching_batches", lambda config, dtype: touched.append(dtype) or iter(()))
     made = {name: Constant(dot_bundle, 0.5) for name in ("torch", "onnxruntime", "tensorrt")}
     engines(made)
     run_bench(dot_bundle, quick(engines=tuple(made), batch_sizes=(1,)))
@@ -293,34 +311,75 @@ def test_the_command_repeats_the_run(dot_bundle, engines):
     assert str(dot_bundle.path) in run_bench(dot_bundle, settings).circumstances.command
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"engines": ("openvino",)}, f"no engine is named 'openvino'. Engines: {', '.join(ENGINE_NAMES)}"),
-        ({"engines": ()}, "at least one engine"),
-        ({"engines": ("torch", "torch")}, "each engine is measured once.*torch, torch"),
-        ({"batch_sizes": ()}, "at least one batch size"),
-        ({"batch_sizes": (8, 0)}, "batch size must be at least 1, got 0"),
-        ({"batch_sizes": (8, 8)}, "each batch size is measured once"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
-        ({"threads": 1025}, "threads must be at most 1024, got 1025"),
-        ({"rounds": 0}, "rounds must be at least 1, got 0"),
-        ({"slice_ms": 0.0}, "a slice must last"),
-        ({"slice_ms": float("nan")}, "a slice must last"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"distribution": "normal"}, "distribution must be one of uniform, gaussian, zipf, got 'normal'"),
-        (
-            {"engines": ("torch",), "baseline": "tensorrt"},
-            "baseline 'tensorrt' is not among the engines measured: torch",
-        ),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        BenchSettings(**options)
+def test_a_variant_is_measured_on_a_converted_copy_beside_the_bundle(dot_bundle, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    settings = quick(
+        engines=("torch", "onnxruntime"), variants=(Variant(tables="int8", mlp="bf16"),), batch_sizes=(32,)
+    )
+    report = run_bench(dot_bundle, settings)
+    assert [row.engine for row in report.rows] == ["torch", "onnxruntime", "onnxruntime[int8,bf16]"]
+    exact, small = report.rows[1:]
+    assert (small.tables, small.mlp) == ("int8", "bf16")
+    assert set(exact.work.gathered) == {8 * 4}
+    assert set(small.work.gathered) == {8 + 4}
+    assert small.footprint.stored_table_bytes == exact.footprint.stored_table_bytes * 12 // 32
+    assert 0 < small.agreement.max_abs_difference < 0.01
+    assert small.agreement.correlation > 0.99
+    assert set(small.calibration.gather) == {12, 32}
+    assert list(tmp_path.iterdir()) == []  # the copy has gone
 
 
-def test_the_default_engines_are_the_cpu_engines_whose_packages_are_installed(monkeypatch):
-    assert default_engines() == CPU_ENGINES
-    monkeypatch.setattr(bench_run, "missing_package", lambda name: "install it" if name == "torch" else None)
-    assert default_engines() == ("onnxruntime-stock", "onnxruntime")
+def test_on_a_converted_bundle_engines_carry_its_number_formats_and_peers_say_what_to_do(dot_bundle, tmp_path):
+    from dlrm_deploy.export.convert import convert_bundle
+
+    converted = convert_bundle(dot_bundle, tmp_path / "int8", tables="int8", mlp="fp32")
+    settings = quick(
+        engines=("onnxruntime", "torch-lean"), variants=(Variant(mlp="bf16"),), batch_sizes=(4,), baseline="onnxruntime"
+    )
+    report = run_bench(converted, settings)
+    assert [row.engine for row in report.rows] == ["onnxruntime[int8,fp32]"]
+    assert {row.baseline for row in report.rows} == {"onnxruntime[int8,fp32]"}
+    assert [n.engine for n in report.not_run] == ["torch-lean[int8,fp32]", "onnxruntime[fp32,bf16]"]
+    assert "Measure the fp32 bundle with --variant tables=int8,mlp=fp32" in report.not_run[0].reason
+    assert "converted already" in report.not_run[1].reason
+
+
+def test_an_engine_can_be_left_out_at_some_batch_sizes(dot_bundle, engines):
+    engines({"torch": Constant(dot_bundle, 0.5), "onnxruntime": Constant(dot_bundle, 0.5)})
+    settings = quick(engines=("torch", "onnxruntime"), only={"onnxruntime": (3,)})
+    report = run_bench(dot_bundle, settings)
+    assert [(row.batch, row.engine) for row in report.rows] == [(1, "torch"), (3, "torch"), (3, "onnxruntime")]
+    with pytest.raises(EngineError, match="the baseline torch cannot run batches of 3: it is left out there"):
+        run_bench(dot_bundle, quick(engines=("torch", "onnxruntime"), only={"torch": (1,)}))
+
+
+def test_operators_are_broken_down_where_asked(dot_bundle):
+    settings = quick(engines=("torch", "onnxruntime"), breakdown=True, batch_sizes=(3,))
+    torch_row, ours = run_bench(dot_bundle, settings).rows
+    assert torch_row.breakdown is None
+    assert sum(ours.breakdown.values()) == pytest.approx(1.0)
+
+
+def test_isolated_engines_are_measured_in_processes_of_their_own(dot_bundle):
+    settings = quick(engines=("onnxruntime-stock", "onnxruntime"), isolate=True, breakdown=True, batch_sizes=(3,))
+    report = run_bench(dot_bundle, settings)
+    assert report.circumstances.isolate
+    assert [row.engine for row in report.rows] == ["onnxruntime-stock", "onnxruntime"]
+    for row in report.rows:
+        assert row.timing.calls >= 2
+        assert row.agreement.max_abs_difference <= 1e-6
+        assert row.footprint.resident_bytes > 0
+        assert row.breakdown
+
+
+def test_options_reach_the_engines_that_have_them(dot_bundle, monkeypatch):
+    seen = {}
+
+    def open_one(bundle, name, *, threads, spin, **options):
+        seen[name] = options
+        return Constant(bundle, 0.5)
+
+    monkeypatch.setattr(subject, "open_unchecked", open_one)
+    report = run_bench(dot_bundle, quick(engines=("torch", "onnxruntime"), prefault=True, huge_pages=True))
+    assert seen == {"torch": {}, "onnxruntime": {"prefault": True, "huge_pages": True}}
+    assert (report.circumstances.prefault, report.circumstances.huge_pages) == (True, True)

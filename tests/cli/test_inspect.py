@@ -32,7 +32,7 @@ def test_inspect_shows_features_tables_bytes_precision_and_verified_hashes(run, 
 
 def test_inspect_says_which_implementation_each_engine_uses(run, bundle):
     engines = json.loads(run(bundle.path, "--json").stdout)["engines"]
-    assert engines["torch"]["implementations"]["DotInteraction"] == "PyTorch eager"
+    assert engines["torch"]["implementations"]["EmbeddingBagDotInteraction"] == "PyTorch eager"
     stock = engines["onnxruntime-stock"]["implementations"]
     assert stock == dict.fromkeys(bundle.manifest.operators, "function body of standard operators")
     assert set(engines) == set(command.ENGINE_NAMES)
@@ -49,7 +49,7 @@ def test_json_tells_tables_and_their_features(run, bundle):
     facts = json.loads(run(bundle.path, "--json").stdout)
     assert facts["altered"] == []
     assert facts["tables"][1] == {
-        "name": "t_b", "ids": 18, "rows": 18, "width": 8, "partition": "full", "dtype": "float32", "bytes": 576,
+        "name": "t_b", "ids": 18, "rows": 18, "width": 8, "partition": "full", "formats": ["fp32"], "bytes": 576,
         "features": ["b"],
     }  # fmt: skip
     assert facts["bytes"]["tables"] == sum(table["bytes"] for table in facts["tables"])

@@ -104,8 +104,13 @@ def test_the_same_generator_state_gives_the_same_batch_and_another_one_another()
 
 
 def test_an_unknown_distribution_is_refused_with_the_known_ones():
-    with pytest.raises(DataError, match="uniform, gaussian, zipf, got 'pareto'"):
+    with pytest.raises(DataError, match="uniform, gaussian, zipf, trace, got 'pareto'"):
         random_batch(model(), 1, np.random.default_rng(0), distribution="pareto")
+
+
+def test_a_dataset_of_numbered_samples_cannot_be_a_trace():
+    with pytest.raises(DataError, match="uniform, gaussian, zipf, got 'trace'"):
+        RandomDataset(model(), 10, seed=0, distribution="trace")
 
 
 def test_a_row_is_the_same_in_whatever_batch_it_comes():

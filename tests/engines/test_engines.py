@@ -13,6 +13,7 @@ import dlrm_deploy
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.data.random import random_batch
+from dlrm_deploy.engines.ort import _warn_of_scalar_path
 from dlrm_deploy.engines.registry import ENGINE_NAMES, missing_package, open_engine
 from dlrm_deploy.errors import BatchError, BundleError, DlrmDeployError, EngineError, MissingDependencyError
 
@@ -34,6 +35,32 @@ def test_the_golden_batch_scores_as_at_export(any_bundle, engine, threads):
         actual = opened.predict(golden.batch)
     assert actual.dtype == np.float32
     np.testing.assert_allclose(actual, golden.probabilities, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime-stock", "onnxruntime"])
+def test_engines_agree_with_pytorch_on_what_a_converted_bundle_stores(converted_bundle, engine):
+    batch = batch_for(converted_bundle, 200)
+    with open_engine(converted_bundle, engine) as opened, open_engine(converted_bundle, "torch") as torch:
+        actual, expected = opened.predict(batch), torch.predict(batch)
+    off = np.abs(actual - expected)
+    assert np.median(off) <= 1e-6  # an engine that does not round to bf16 where the others do is off by more
+    if converted_bundle.manifest.mlp_precision == "bf16":
+        # A sum next to the middle between two numbers of bf16 may be rounded to either, by the order of additions.
+        assert off.max() <= 3e-4
+    else:
+        assert off.max() <= 1e-6
+
+
+def test_our_kernels_run_every_operator_of_a_converted_bundle(converted_bundle):
+    with (
+        open_engine(converted_bundle, "onnxruntime") as ours,
+        open_engine(converted_bundle, "onnxruntime-stock") as stock,
+    ):
+        operators = set(converted_bundle.manifest.operators)
+        assert set(ours.implementations()) == set(stock.implementations()) == operators
+        assert ("Mlp" in operators) == (converted_bundle.manifest.mlp_precision == "bf16")
+        assert all(text.startswith("C++ kernel (") for text in ours.implementations().values())
+        assert set(stock.implementations().values()) == {"function body of standard operators"}
 
 
 def test_our_kernels_run_in_onnxruntime_and_only_there(any_bundle):
@@ -149,6 +176,25 @@ def test_an_engine_reports_the_kernel_path_that_it_was_opened_with(bundle, monke
         assert set(opened.implementations().values()) == {"C++ kernel (scalar)"}
 
 
+@pytest.mark.parametrize(
+    ("machine", "pinned", "expected"), [("x86_64", "", 1), ("x86_64", "scalar", 0), ("aarch64", "", 0)]
+)
+def test_the_scalar_kernels_are_warned_of_once_where_nobody_chose_them(
+    bundle, monkeypatch, recwarn, machine, pinned, expected
+):
+    monkeypatch.setattr("dlrm_deploy.engines.ort.kernel_path", lambda: "scalar")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setenv("DLRM_DEPLOY_KERNEL", pinned)
+    _warn_of_scalar_path.cache_clear()
+    for _ in range(2):
+        with open_engine(bundle, "onnxruntime", threads=1) as opened:
+            assert set(opened.implementations().values()) == {"C++ kernel (scalar)"}
+        open_engine(bundle, "onnxruntime-stock", threads=1).close()
+    texts = [str(warning.message) for warning in recwarn if warning.category is RuntimeWarning]
+    assert len(texts) == expected
+    assert all("no AVX2" in text for text in texts)
+
+
 def test_an_unknown_engine_lists_the_known_ones(bundle):
     with pytest.raises(EngineError, match=f"no engine is named 'tflite'. Engines: {', '.join(ENGINE_NAMES)}"):
         open_engine(bundle, "tflite")
@@ -173,7 +219,7 @@ def test_a_pinned_kernel_is_used_and_an_unknown_one_refused(bundle):
         "import sys, dlrm_deploy\n"
         "from dlrm_deploy.errors import DlrmDeployError\n"
         "try:\n"
-        "    print(dlrm_deploy.load(sys.argv[1]).implementations()['DotInteraction'])\n"
+        "    print(*set(dlrm_deploy.load(sys.argv[1]).implementations().values()))\n"
         "except DlrmDeployError as err:\n"
         "    print('refused:', err)\n"
     )

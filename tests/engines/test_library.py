@@ -22,6 +22,17 @@ def test_calibration_measures_something_of_each_kind():
     assert library.calibrate_gather(64, 1 << 24, 1, 5) > 0.01
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_the_matrix_unit_is_measured_where_there_is_one_and_else_an_error(kind):
+    if "amx" in library.kernel_paths():
+        assert library.calibrate_amx(kind, 1, 5) > 10.0  # GFLOP/s or GOP/s
+    else:
+        with pytest.raises(EngineError, match="this CPU has no AMX"):
+            library.calibrate_amx(kind, 1, 5)
+    with pytest.raises(EngineError, match="calibration failed: threads is 0"):
+        library.calibrate_amx(kind, 0, 5)
+
+
 def test_a_calibration_that_cannot_run_is_an_error_with_its_reason():
     with pytest.raises(EngineError, match="calibration failed: .+"):
         library.calibrate_gather(3, 1 << 24, 1, 5)

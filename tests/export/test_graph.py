@@ -39,5 +39,5 @@ def test_a_model_of_plain_tables_needs_no_nodes_to_make_its_vectors(tmp_path):
     model = onnx.load(bundle.model_path, load_external_data=False)
     kinds = [node.op_type for node in model.graph.node if node.op_type != "Constant"]
     layers = len(CONFIGS["dot"].bottom_mlp) + len(CONFIGS["dot"].top_mlp)
-    assert sorted(set(kinds)) == ["DotInteraction", "Gemm", "Relu", "Sigmoid", "Squeeze", "TableBatchedEmbeddingBag"]
-    assert (kinds.count("Gemm"), kinds.count("TableBatchedEmbeddingBag")) == (layers, 1)
+    assert sorted(set(kinds)) == ["EmbeddingBagDotInteraction", "Gemm", "Relu", "Sigmoid", "Squeeze"]
+    assert (kinds.count("Gemm"), kinds.count("EmbeddingBagDotInteraction")) == (layers, 1)

@@ -6,8 +6,10 @@ import sys
 import pytest
 from peak_memory import PEAK
 
-from dlrm_deploy.checkpoint import save_checkpoint
+from dlrm_deploy.checkpoint import Checkpoint, save_checkpoint
 from dlrm_deploy.config import ModelConfig
+from dlrm_deploy.export.bundle import export_bundle
+from dlrm_deploy.export.sources import RandomSource
 from dlrm_deploy.model.dlrm import DLRM
 from dlrm_deploy.tables import TableConfig
 
@@ -27,6 +29,20 @@ if sys.argv[3] == "random":
     source = RandomSource(source.config)
 before = peak()
 export_bundle(source, Path(sys.argv[2]))
+print(peak() - before)
+"""
+
+
+CONVERT = f"""{PEAK}
+import sys
+import numpy, onnx, torch
+import dlrm_deploy.engines.torch_eager
+from dlrm_deploy.bundle import Bundle
+from dlrm_deploy.export.convert import convert_bundle
+
+fp32 = Bundle.open(sys.argv[1])
+before = peak()
+convert_bundle(fp32, Path(sys.argv[2]), tables="int8", mlp="bf16")
 print(peak() - before)
 """
 
@@ -54,3 +70,11 @@ def test_an_export_stays_below_the_size_of_its_largest_table_group_and_a_third(c
     result = subprocess.run([sys.executable, "-c", EXPORT, *arguments], capture_output=True, text=True, check=True)
     assert (tmp_path / "bundle" / "tables" / "width16.bin").stat().st_size == TABLE_BYTES
     assert 0 < int(result.stdout) < 1.3 * TABLE_BYTES
+
+
+def test_a_conversion_never_holds_the_fp32_tables(checkpoint, tmp_path):
+    export_bundle(RandomSource(Checkpoint.open(checkpoint).config), tmp_path / "fp32")
+    arguments = [str(tmp_path / "fp32"), str(tmp_path / "int8")]
+    result = subprocess.run([sys.executable, "-c", CONVERT, *arguments], capture_output=True, text=True, check=True)
+    assert (tmp_path / "int8" / "tables" / "width16.int8.bin").stat().st_size == ROWS * (WIDTH + 4)
+    assert 0 < int(result.stdout) < 0.6 * TABLE_BYTES

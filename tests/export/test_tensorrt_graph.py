@@ -8,13 +8,26 @@ import onnxruntime as ort
 import pytest
 import torch
 from bundles import CONFIGS
-from plan_models import ARCHITECTURES, MAX_BAG, awkward_batches, batch_of, expected_scores, small_model, weights_of
+from plan_models import (
+    ARCHITECTURES,
+    MAX_BAG,
+    awkward_batches,
+    batch_of,
+    expected_scores,
+    part_formats,
+    small_model,
+    stored_tables,
+    weights_of,
+)
 
 from dlrm_deploy.data.random import random_batch
+from dlrm_deploy.engines.ort_tables import ort_value
 from dlrm_deploy.engines.tensorrt.host import plan_feeds
 from dlrm_deploy.errors import EngineError
-from dlrm_deploy.export.tensorrt_graph import runnable_on_cpu, table_tensor, write_tensorrt_model
+from dlrm_deploy.export.tensorrt_graph import plan_inputs, runnable_on_cpu, write_tensorrt_model
+from dlrm_deploy.formats import tensor_name
 from dlrm_deploy.model.dlrm import DLRM
+from dlrm_deploy.ops.contract import by_format
 from dlrm_deploy.parity.batches import awkward_batches as parity_batches
 from dlrm_deploy.tables import TableConfig
 
@@ -22,14 +35,21 @@ UNITS = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
 class Graph:
-    """A graph for a plan, executed by stock ONNX Runtime."""
+    """A graph for a plan, executed by stock ONNX Runtime. Tables are fp32 matrices, or stored ones with `formats`."""
 
-    def __init__(self, config, dense, tables, *, precision="fp32", table_inputs=False, max_bag=MAX_BAG):
+    def __init__(self, config, dense, tables, *, precision="fp32", table_inputs=False, max_bag=MAX_BAG, formats=None):
         self.config, self.max_bag = config, None if config.pooling_factors else max_bag
         constants = None if table_inputs else tables
-        self.model = write_tensorrt_model(config, dense, constants, max_bag=max_bag, precision=precision)
-        names = [table_tensor(group.name) for group in config.groups]
-        self.tables = dict(zip(names, tables, strict=True)) if table_inputs else {}
+        self.model = write_tensorrt_model(
+            config, dense, constants, table_formats=formats, max_bag=max_bag, precision=precision
+        )
+        self.tables = {}
+        if table_inputs:
+            for group, stored in zip(config.groups, tables, strict=True):
+                for kind, matrix in by_format(stored).items():
+                    # A plan takes bytes as int8, whatever they mean.
+                    signed = matrix.view(np.int8) if matrix.dtype == np.uint8 else matrix
+                    self.tables[tensor_name(group.name, kind)] = ort_value(signed, kind)
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 4, 1
         self.session = ort.InferenceSession(runnable_on_cpu(self.model).SerializeToString(), options)
@@ -52,6 +72,46 @@ def test_fp32_graph_scores_awkward_bags_as_the_reference_does(architecture, tabl
         np.testing.assert_allclose(graph.score(batch), expected, rtol=0, atol=1e-6, err_msg=name)
 
 
+STORED = [
+    ("dot", "fp16"),
+    ("dot_weighted", "bf16"),
+    ("dot_mean", "int8"),
+    ("dot_fixed_weighted", "int8"),
+    ("dot_fixed_mixed_mean", "int4"),
+    ("dot_self_interaction", "mixed"),
+    ("dot_fixed", "mixed"),
+    ("concat_two_widths", "int4"),
+    ("dcn_fixed", "bf16"),
+]
+
+
+@pytest.mark.parametrize("table_inputs", [False, True], ids=["constants", "inputs"])
+@pytest.mark.parametrize(("architecture", "kind"), STORED)
+def test_stored_rows_of_every_format_score_as_their_values_do(architecture, kind, table_inputs):
+    config = small_model(**ARCHITECTURES[architecture])
+    dense, tables = weights_of(config)
+    formats = part_formats(config, kind)
+    stored, values = stored_tables(config, tables, formats)
+    graph = Graph(config, dense, stored, table_inputs=table_inputs, formats=formats)
+    for name, batch in awkward_batches(config).items():
+        expected, _ = expected_scores(config, dense, values, batch)
+        np.testing.assert_allclose(graph.score(batch), expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("table_inputs", [False, True], ids=["constants", "inputs"])
+@pytest.mark.parametrize("width", [1, 5, 8, 20, 33])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_rows_of_any_number_of_bytes_are_read(kind, width, table_inputs):
+    config = small_model(interaction="concat", widths=(width,) * 3)
+    dense, tables = weights_of(config)
+    formats = part_formats(config, kind)
+    stored, values = stored_tables(config, tables, formats)
+    batch = awkward_batches(config)["uneven"]
+    scores = Graph(config, dense, stored, table_inputs=table_inputs, formats=formats).score(batch)
+    same = Graph(config, dense, values, table_inputs=table_inputs).score(batch)
+    np.testing.assert_array_equal(scores, same)  # the very values, added in the same order
+
+
 KINDS = ("parts", "parts_weighted", "parts_fixed", "cross", "branches", "factorization", "ids_only")
 
 
@@ -68,6 +128,22 @@ def test_every_kind_of_table_and_interaction_scores_as_pytorch_does(kind):
     for name, batch in {**parity_batches(config, rng, MAX_BAG), "random": random_batch(config, 37, rng)}.items():
         # Rows of size 1 make products of size 10 to 100 in the interaction, so logits are exact to some 1e-5.
         np.testing.assert_allclose(graph.score(batch), model.predict(batch), rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "part" in kind])
+def test_every_kind_of_table_scores_as_pytorch_does_in_formats_of_its_own(kind):
+    config = CONFIGS[kind]
+    dense, tables = weights_of(config)
+    formats = part_formats(config, "mixed")
+    stored, values = stored_tables(config, tables, formats)
+    model = DLRM(config, [torch.from_numpy(table) for table in values])
+    with torch.no_grad():
+        for key, weight in dense.items():
+            model.weight(key).copy_(torch.from_numpy(weight))
+    for table_inputs in (False, True):
+        graph = Graph(config, dense, stored, formats=formats, table_inputs=table_inputs)
+        batch = random_batch(config, 37, np.random.default_rng(0))
+        np.testing.assert_allclose(graph.score(batch), model.predict(batch), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,6 +237,33 @@ def test_graph_is_valid_onnx_of_standard_operators_only(architecture, precision)
     assert types["over_arch.model.1.weight"] == onnx.TensorProto.FLOAT
     island = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}[precision]
     assert types["dense_arch.model._mlp.0._linear.weight"] == onnx.TensorProto.DataType.Value(island)
+
+
+def test_tables_of_a_group_are_one_tensor_a_format_in_a_type_that_tensorrt_gathers_from():
+    config = small_model(widths=(8, 8, 8))
+    dense, tables = weights_of(config)
+    formats = dict(zip(("t0", "t1", "t2"), ("int8", "bf16", "int4"), strict=True))
+    stored, _ = stored_tables(config, tables, formats)
+    model = write_tensorrt_model(config, dense, None, table_formats=formats, max_bag=MAX_BAG, precision="bf16")
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    specs = {spec.name: (spec.dtype, spec.shape) for spec in plan_inputs(config, True, formats)}
+    assert specs["tables_width8_int8"] == ("int8", (50, 12))
+    assert specs["tables_width8_int4"] == ("int8", (20, 8))
+    assert specs["tables_width8_bf16"] == ("bfloat16", (3, 8))
+    assert [value.name for value in model.graph.input] == list(specs)
+    constants = write_tensorrt_model(config, dense, stored, table_formats=formats, max_bag=MAX_BAG)
+    types = {tensor.name: (tensor.data_type, tuple(tensor.dims)) for tensor in constants.graph.initializer}
+    assert types["tables_width8_int8"] == (onnx.TensorProto.INT32, (50, 3))
+    assert types["tables_width8_int4"] == (onnx.TensorProto.INT32, (20, 2))
+    assert types["tables_width8_bf16"] == (onnx.TensorProto.BFLOAT16, (3, 8))
+
+
+def test_stored_tables_may_be_constants_where_fp32_ones_are_too_large():
+    config = small_model(rows=(10**8, 3, 20))
+    formats = part_formats(config, "int8")
+    empty = [{"int8": np.zeros((0, 12), np.uint8)}]
+    write_tensorrt_model(config, weights_of(small_model())[0], empty, table_formats=formats, max_bag=MAX_BAG)
 
 
 def test_a_weight_that_fp16_cannot_hold_is_named():

@@ -12,6 +12,7 @@ from awkward import csr_case
 
 from dlrm_deploy.config import FeatureConfig, ModelConfig, TableConfig
 from dlrm_deploy.errors import BatchError
+from dlrm_deploy.formats import encode, to_bf16
 from dlrm_deploy.ops import reference, torch_ops
 from dlrm_deploy.ops.contract import BagAttributes
 
@@ -101,6 +102,54 @@ def test_bags_outside_the_contract_are_refused_with_the_same_words(form, changes
         BAGS[form](**{**VALID, **changes})
 
 
+def stored(**changes):
+    """A valid call with an int8 and a bf16 slot, and what is changed of it."""
+    rows = np.ones((5, 3), np.float32)
+    matrices = {"bf16": encode("bf16", rows), "int8": encode("int8", rows)} | changes.pop("matrices", {})
+    slots = {**VALID, "row_starts": [1, 2], "rows": [4, 2], "formats": [3, 2], "width": 3}
+    return {**slots, "weights": {name: matrix for name, matrix in matrices.items() if matrix is not None}, **changes}
+
+
+def as_tensor(array):
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+def check_as_tensors(weights, indices, offsets, *, pooling_factors=None, per_sample_weights=None, **attributes):
+    matrices = {name: as_tensor(matrix) for name, matrix in weights.items()}
+    node = BagAttributes(pooling_factors=pooling_factors, **attributes)
+    node.check(matrices, torch.from_numpy(indices), torch.from_numpy(offsets), per_sample_weights)
+
+
+@pytest.mark.parametrize("form", [reference.table_batched_embedding_bag, check_as_tensors])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"matrices": {"int8": None}}, "slot 0: its rows are int8, but weights_int8 is not given"),
+        ({"matrices": {"bf16": None}}, "slot 1: its rows are bf16, but weights_bf16 is not given"),
+        ({"formats": [0, 2]}, "slot 0: its rows are fp32, but weights is not given"),
+        ({"matrices": {"int8": np.ones((5, 3), np.uint8)}}, "weights_int8 has 3 columns, expected 7: int8 rows of 3"),
+        ({"matrices": {"bf16": np.ones((5, 4), np.uint16)}}, "weights_bf16 has 4 columns, expected 3: bf16 rows of 3"),
+        ({"matrices": {"fp32": np.ones((5, 4), np.float32)}}, "weights has 4 columns, expected 3: fp32 rows of 3"),
+        ({"matrices": {"int8": np.ones((5, 7), np.int8)}}, "weights_int8 must be uint8 of rank 2, got int8 (5, 7)"),
+        ({"matrices": {"bf16": np.ones((5, 3), np.float16)}}, "weights_bf16 must be bfloat16 or uint16 of rank 2"),
+        ({"matrices": {"fp16": np.ones((5, 3), np.float32)}}, "weights_fp16 must be float16 of rank 2, got float32"),
+        ({"rows": [5, 2]}, "slot 0: rows 1 to 6 are not within the 5 rows of weights_int8"),
+        ({"row_starts": [1, 4]}, "slot 1: rows 4 to 6 are not within the 5 rows of weights_bf16"),
+        ({"formats": [3]}, "formats has 1 values, expected one per slot: 2"),
+        ({"formats": [3, 5]}, "slot 1: formats must be in [0, 4], got 5"),
+        ({"formats": [-1, 2]}, "slot 0: formats must be in [0, 4], got -1"),
+        ({"width": None}, "width is missing; rows that are not fp32 need it"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"width": 4}, "weights_bf16 has 3 columns, expected 4"),
+    ],
+)
+def test_stored_rows_outside_the_contract_are_refused(form, changes, message):
+    form(**stored())
+    with pytest.raises(BatchError, match=re.escape(message)):
+        form(**stored(**changes))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -181,6 +230,37 @@ def test_attributes_at_their_default_do_not_stand_on_the_node():
         assert changed.plain == (name == "pooling_factors")
 
 
+def test_row_starts_of_a_model_are_those_of_the_matrix_of_each_format():
+    (group,) = model().groups  # parts user.0 (3 rows), user.1 (4), user.2 (5) and item (7)
+    a = BagAttributes.of(model(), group, {"user.1": "int8", "item": "int8", "user.2": "fp16"})
+    # Slots: item, then the parts of user for two features each.
+    assert a.slot_formats == ("int8", "fp32", "fp32", "int8", "int8", "fp16", "fp16")
+    assert a.row_starts == (4, 0, 0, 0, 0, 0, 0)
+    assert a.used_formats == ("fp32", "fp16", "int8")
+    assert a.inputs() == ["weights", "indices", "offsets", "", "weights_fp16", "", "weights_int8"]
+    attributes = a.node_attributes()
+    assert (attributes["formats"], attributes["width"]) == ((3, 0, 0, 3, 3, 1, 1), 4)
+    without_fp32 = dataclasses.replace(a, formats=(4,) * 7, pooling_factors=(1, 1, 1))
+    assert without_fp32.inputs() == ["", "indices", "", "", "", "", "", "weights_int4"]
+    one = BagAttributes.of_ids(model(), 1, group.parts[1], 0, "int8")
+    assert one.inputs() == ["", "indices", "", "", "", "", "weights_int8"]
+    assert one.node_attributes()["width"] == 4
+
+
+def test_a_model_of_fp32_tables_has_the_node_it_always_had():
+    (group,) = model().groups
+    assert BagAttributes.of(model(), group) == BagAttributes.of(model(), group, {"item": "fp32"})
+    assert not {"formats", "width"} & set(BagAttributes.of(model(), group).node_attributes())
+    assert BagAttributes.of(model(), group).inputs() == ["weights", "indices", "offsets"]
+
+
+def test_matrices_that_no_slot_reads_have_the_group_s_width_too():
+    matrices = {"fp32": VALID["weights"], "int8": np.ones((9, 6), np.uint8)}
+    reference.table_batched_embedding_bag(**{**VALID, "weights": matrices})
+    with pytest.raises(BatchError, match="weights_int8 has 5 columns, expected 6: int8 rows of 2 values"):
+        reference.table_batched_embedding_bag(**{**VALID, "weights": matrices | {"int8": np.ones((9, 5), np.uint8)}})
+
+
 def test_what_is_no_array_is_refused():
     with pytest.raises(BatchError, match="offsets must be int64 of rank 1, got list"):
         reference.table_batched_embedding_bag(**{**VALID, "offsets": [0, 1, 2]})
@@ -199,3 +279,41 @@ def test_interaction_refuses_what_does_not_match(form):
         interact(dense, np.ones((2, 4, 3)))
     with pytest.raises(BatchError, match=r"dense must be float32 of rank 2, got float64 \(2, 3\)"):
         interact(dense.astype(np.float64), np.ones((2, 4, 3), np.float32))
+
+
+def test_fused_interaction_refuses_dense_vectors_that_do_not_fit_the_bags():
+    reference.embedding_bag_dot_interaction(np.ones((1, 2), np.float32), **VALID)
+    for dense, message in (
+        (np.ones((2, 2), np.float32), "dense has shape (2, 2), expected [B, D] of the bags: (1, 2)"),
+        (np.ones((1, 3), np.float32), "dense has shape (1, 3), expected [B, D] of the bags: (1, 2)"),
+        (np.ones((1, 2)), "dense must be float32 of rank 2, got float64 (1, 2)"),
+    ):
+        with pytest.raises(BatchError, match=re.escape(message)):
+            reference.embedding_bag_dot_interaction(dense, **VALID)
+
+
+def mlp_arguments(x=(2, 3), weights=((4, 3), (1, 4)), biases=(4, 1), dtype=np.float32):
+    layers = [(to_bf16(np.ones(w, np.float32)), np.ones(b, dtype)) for w, b in zip(weights, biases, strict=True)]
+    return np.ones(x, np.float32), layers
+
+
+def torch_mlp(x, layers):
+    return torch_ops.mlp(torch.from_numpy(x), [(as_tensor(weight), as_tensor(bias)) for weight, bias in layers])
+
+
+@pytest.mark.parametrize("form", [reference.mlp, torch_mlp])
+def test_mlp_refuses_layers_that_do_not_follow_one_another(form):
+    assert tuple(form(*mlp_arguments()).shape) == (2, 1)
+    x, layers = mlp_arguments()
+    for arguments, message in (
+        (mlp_arguments(x=(2, 4)), "weight 0 has 3 columns for 4 inputs"),
+        (mlp_arguments(x=(2, 0), weights=((4, 0), (1, 4))), "weight 0 has 0 columns for 0 inputs"),
+        (mlp_arguments(weights=((4, 3), (1, 5))), "weight 1 has 5 columns for 4 inputs"),
+        (mlp_arguments(biases=(4, 2)), "bias 1 has 2 values for the 1 rows of its weight"),
+        (mlp_arguments(x=(2,)), "x must be float32 of rank 2, got float32 (2,)"),
+        (mlp_arguments(dtype=np.float64), "bias 0 must be float32 of rank 1, got float64 (4,)"),
+        ((x, [(np.ones((4, 3), np.float32), layers[0][1])]), "weight 0 must be bfloat16 or uint16 of rank 2"),
+        ((x, []), "an Mlp needs at least one layer"),
+    ):
+        with pytest.raises(BatchError, match=re.escape(message)):
+            form(*arguments)

@@ -1,10 +1,18 @@
 """The NumPy reference against loops over single ids."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 from dlrm_deploy.errors import BatchError
-from dlrm_deploy.ops.reference import dot_interaction, table_batched_embedding_bag
+from dlrm_deploy.formats import ROW_FORMATS, decode, encode, from_bf16, to_bf16
+from dlrm_deploy.ops.reference import (
+    dot_interaction,
+    embedding_bag_dot_interaction,
+    mlp,
+    table_batched_embedding_bag,
+)
 
 WEIGHTS = np.arange(12, dtype=np.float32).reshape(6, 2)  # table a: rows 0 to 3, table b: rows 4 and 5
 TWO_TABLES = {"num_features": 2, "features": [0, 1], "row_starts": [0, 4], "rows": [4, 2], "mean": [0, 0]}
@@ -209,3 +217,94 @@ def test_interaction_takes_no_embeddings_and_no_samples():
     dense = np.ones((2, 3), np.float32)
     np.testing.assert_array_equal(dot_interaction(dense, np.ones((2, 0, 3), np.float32)), dense)
     assert dot_interaction(dense[:0], np.ones((0, 4, 3), np.float32)).shape == (0, 3 + 10)
+
+
+def test_each_slot_reads_the_matrix_of_its_format():
+    rng = np.random.default_rng(2)
+    rows = rng.standard_normal((len(ROW_FORMATS), 6, 5)).astype(np.float32)
+    slots = {"num_features": 1, "features": [0] * 5, "row_starts": [1] * 5, "rows": [5] * 5, "mean": [0, 1, 0, 1, 0]}
+    order = [3, 0, 4, 2, 1]
+    stored = {format: encode(format, rows[f]) for f, format in enumerate(ROW_FORMATS)}
+    given, offsets = ids(0, 4, 4, 2), ids(0, 1, 1, 4)
+    pooled = table_batched_embedding_bag(stored, given, offsets, **slots, formats=order, width=5)
+    assert pooled.shape == (3, 5, 5)
+    for t, f in enumerate(order):
+        values = decode(ROW_FORMATS[f], stored[ROW_FORMATS[f]], 5)
+        one = {**slots, "features": [0], "row_starts": [1], "rows": [5], "mean": slots["mean"][t : t + 1]}
+        np.testing.assert_array_equal(pooled[:, t], table_batched_embedding_bag(values, given, offsets, **one)[:, 0])
+    assert not np.array_equal(pooled[:, 0], pooled[:, 2])
+
+
+def test_nan_of_a_stored_row_stays_in_its_bag():
+    rows = np.ones((3, 4), np.float32)
+    rows[1, 2] = np.nan
+    slot = {"num_features": 1, "features": [0], "row_starts": [0], "rows": [3], "mean": [0], "width": 4}
+    for number, format in ((1, "fp16"), (2, "bf16")):
+        pooled = table_batched_embedding_bag(
+            {format: encode(format, rows)}, ids(0, 1, 2, 0), ids(0, 2, 4), **slot, formats=[number]
+        )
+        assert np.isnan(pooled[:, 0]).tolist() == [[False, False, True, False], [False] * 4]
+
+
+def test_fused_is_pooling_then_interaction():
+    rng = np.random.default_rng(3)
+    dense = rng.standard_normal((2, 2)).astype(np.float32)
+    bags = (WEIGHTS, ids(0, 3, 1, 0), ids(0, 2, 2, 3, 4))
+    for self_interaction in (False, True):
+        interactions, pooled = embedding_bag_dot_interaction(
+            dense, *bags, self_interaction=self_interaction, **TWO_TABLES
+        )
+        np.testing.assert_array_equal(pooled, table_batched_embedding_bag(*bags, **TWO_TABLES))
+        expected = dot_interaction(dense, pooled, self_interaction=self_interaction)
+        np.testing.assert_array_equal(interactions, expected)
+
+
+def nearest_float32(exact: Fraction) -> np.float32:
+    """The nearest float32, ties to even."""
+    guess = np.float32(float(exact))
+    near = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
+    distance = {value: abs(Fraction(float(value)) - exact) for value in near}
+    best = min(distance.values())
+    closest = [value for value in near if distance[value] == best]
+    return next((value for value in closest if value.view(np.uint32) % 2 == 0), closest[0])
+
+
+def test_mlp_adds_products_one_by_one_with_one_rounding_each():
+    rng = np.random.default_rng(4)
+    sizes = np.exp2(rng.integers(-45, 45, (6, 40)))  # sums far longer than the 53 bits of a float64
+    x = (rng.standard_normal((6, 40)) * sizes).astype(np.float32)
+    weight = to_bf16((rng.standard_normal((3, 40)) * np.exp2(rng.integers(-45, 45, (3, 40)))).astype(np.float32))
+    bias = rng.standard_normal(3).astype(np.float32)
+    x_rounded, weight_values = from_bf16(to_bf16(x)), from_bf16(weight)
+    expected = np.zeros((6, 3), np.float32)
+    for b in range(6):
+        for n in range(3):
+            total = np.float32(0)
+            for k in range(40):
+                product = Fraction(float(x_rounded[b, k])) * Fraction(float(weight_values[n, k]))
+                total = nearest_float32(Fraction(float(total)) + product)
+            expected[b, n] = total + bias[n]
+    np.testing.assert_array_equal(mlp(x, [(weight, bias)], relu_last=False), expected)
+
+
+def test_mlp_rounds_the_inputs_of_every_layer_to_the_nearest_bfloat16():
+    one, zero = to_bf16(np.ones((1, 1), np.float32)), np.zeros(1, np.float32)
+    x = np.array([[1 + 2**-8], [1 + 3 * 2**-8], [1 + 2**-8 + 2**-20]], np.float32)
+    assert mlp(x, [(one, zero)]).ravel().tolist() == [1, 1 + 2**-6, 1 + 2**-7]
+    shifted = [(one, np.array([2**-8], np.float32)), (one, zero)]
+    assert mlp(np.ones((1, 1), np.float32), shifted).item() == 1
+    assert mlp(np.ones((1, 1), np.float32), shifted[:1]).item() == 1 + 2**-8  # outputs are not rounded
+
+
+def test_mlp_has_a_relu_behind_each_layer_and_the_last_one_where_asked():
+    minus, bias = to_bf16(np.full((1, 1), -1, np.float32)), np.zeros(1, np.float32)
+    x = np.array([[2], [-3], [np.nan], [np.inf], [-np.inf]], np.float32)
+    np.testing.assert_array_equal(mlp(x, [(minus, bias)]).ravel(), [0, 3, np.nan, 0, np.inf])
+    np.testing.assert_array_equal(mlp(x, [(minus, bias)] * 2).ravel(), [0, 0, np.nan, 0, 0])
+    unclipped = mlp(x, [(minus, bias)] * 2, relu_last=False).ravel()
+    np.testing.assert_array_equal(unclipped, [0, -3, np.nan, 0, -np.inf])
+
+
+def test_mlp_takes_no_samples():
+    layers = [(to_bf16(np.ones((4, 3), np.float32)), np.zeros(4, np.float32))]
+    assert mlp(np.ones((0, 3), np.float32), layers).shape == (0, 4)

@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from awkward import computed_bags
+from awkward import computed_bags, csr_case, fixed_case, out_of_range_bags, stored_bags, stored_case
 
 from dlrm_deploy.errors import BatchError
+from dlrm_deploy.formats import ROW_FORMATS, decode, encode, to_bf16
 from dlrm_deploy.ops import reference, torch_ops
 from dlrm_deploy.ops.contract import BagAttributes
 
@@ -244,3 +245,89 @@ def test_plain_functions_and_custom_ops_are_one_implementation():
     attributes = BagAttributes(num_features=3, **slots, mean=[0] * 3, pooling_factors=None, index_policy="error")
     pooled = torch_ops.pool_bags(weights, indices, offsets, None, attributes)
     assert torch.equal(pooled, bag_op(weights, indices, offsets, None, *attributes.schema_values()))
+
+
+def pool_stored(case):
+    attributes = BagAttributes(**{"pooling_factors": None, **case.attributes})
+    arrays = (case.indices, case.offsets, case.per_sample_weights)
+    tensors = [None if a is None else torch.from_numpy(a) for a in arrays]
+    matrices = {format: torch.from_numpy(matrix) for format, matrix in case.matrices.items()}
+    return torch_ops.pool_bags(matrices, *tensors, attributes).numpy()
+
+
+@pytest.mark.parametrize("case", stored_bags(), ids=lambda case: case.name)
+def test_stored_rows_are_pooled_bit_for_bit_like_the_reference_s(case):
+    np.testing.assert_array_equal(pool_stored(case), case.expected())
+
+
+@pytest.mark.parametrize("policy", ["clamp", "modulo", "zero"])
+def test_stored_rows_follow_the_index_policy(policy):
+    for case in out_of_range_bags(policy):
+        formats = ("int8", "fp32", "int4")[: len(case.attributes["features"])]
+        stored = stored_case(case, formats)
+        np.testing.assert_array_equal(pool_stored(stored), stored.expected(), err_msg=stored.name)
+
+
+def test_stored_rows_are_decoded_some_bags_at_a_time(monkeypatch):
+    cases = [
+        csr_case("ragged", [[3, 0, 50, 1], [0, 0, 0, 0], [2, 9, 9, 9]], width=6, mean=(1, 0, 0)),
+        csr_case("weighted", [[3, 0, 50, 1], [0, 4, 0, 4], [2, 9, 9, 9]], width=6, weighted=True),
+        fixed_case("some_features", [2, 1, 2], 30, rows=(7, 3), features=(2, 1), width=6, weighted=True),
+    ]
+    rows_at_once = []
+    decode_rows = torch_ops.decode_rows
+
+    def counted(format, stored, width):
+        rows_at_once.append(len(stored))
+        return decode_rows(format, stored, width)
+
+    monkeypatch.setattr(torch_ops, "_DECODED_VALUES", 6 * 10)
+    monkeypatch.setattr(torch_ops, "decode_rows", counted)
+    for case in cases:
+        stored = stored_case(case, ("int8", "int8", "int4")[: len(case.attributes["features"])])
+        rows_at_once.clear()
+        np.testing.assert_array_equal(pool_stored(stored), stored.expected(), err_msg=case.name)
+        assert len(rows_at_once) > 4
+        assert sum(rows > 10 for rows in rows_at_once) == (50 in rows_at_once)  # a bag is never cut
+
+
+@pytest.mark.parametrize("format", ROW_FORMATS)
+@pytest.mark.parametrize("width", [1, 7, 64])
+def test_rows_are_decoded_like_the_reference_s(format, width):
+    rows = np.random.default_rng(0).standard_normal((50, width)).astype(np.float32)
+    stored = encode(format, rows)
+    decoded = torch_ops.decode_rows(format, torch.from_numpy(stored), width)
+    np.testing.assert_array_equal(decoded.numpy(), decode(format, stored, width))
+
+
+def test_the_op_for_training_refuses_rows_that_are_not_fp32():
+    case = stored_case(csr_case("csr", [[1], [1], [1]]), ("int8", "int8", "fp32"))
+    with pytest.raises(BatchError, match="the PyTorch op reads fp32 rows only, got fp32, int8. Use pool_bags."):
+        BagAttributes(pooling_factors=None, **case.attributes).schema_values()
+
+
+@pytest.mark.parametrize("relu_last", [False, True])
+@pytest.mark.parametrize("batch", [0, 1, 33])
+def test_mlp_is_the_reference_s_within_the_rounding_of_its_sums(batch, relu_last):
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((batch, 70)).astype(np.float32)
+    weight = to_bf16(rng.standard_normal((40, 70)).astype(np.float32))
+    bias = rng.standard_normal(40).astype(np.float32)
+    layer = torch.from_numpy(weight).view(torch.bfloat16), torch.from_numpy(bias)
+    actual = torch_ops.mlp(torch.from_numpy(x), [layer], relu_last).numpy()
+    # 71 roundings of sums of at most 71 terms, each below 2^-24 of their sizes' sum, about 70 * 0.64.
+    np.testing.assert_allclose(actual, reference.mlp(x, [(weight, bias)], relu_last=relu_last), rtol=0, atol=2e-4)
+    assert batch == 0 or (actual.min() < 0) != relu_last
+
+
+def test_mlp_rounds_the_inputs_of_every_layer_like_the_reference_s():
+    one, minus = torch.ones(1, 1, dtype=torch.bfloat16), -torch.ones(1, 1, dtype=torch.bfloat16)
+    zero, step = torch.zeros(1), torch.tensor([2.0**-8])
+    x = torch.tensor([[1 + 2**-8], [1 + 3 * 2**-8], [-3.0], [torch.nan], [torch.inf]])
+    layers = [(one, zero), (minus, step), (minus, zero)]
+    arrays = [(to_bf16(weight.float().numpy()), bias.numpy()) for weight, bias in layers]
+    for count in (1, 2, 3):
+        for relu_last in (False, True):
+            actual = torch_ops.mlp(x, layers[:count], relu_last).numpy()
+            expected = reference.mlp(x.numpy(), arrays[:count], relu_last=relu_last)
+            np.testing.assert_array_equal(actual, expected)

@@ -17,6 +17,7 @@ from dlrm_deploy.data.random import random_batch, with_longer_bags
 from dlrm_deploy.engines.ort import StockOnnxRuntimeEngine
 from dlrm_deploy.engines.registry import open_engine
 from dlrm_deploy.export.bundle import export_bundle
+from dlrm_deploy.export.convert import convert_bundle
 from dlrm_deploy.export.sources import RandomSource
 from dlrm_deploy.files import sha256_file
 from dlrm_deploy.model.keys import bottom_keys, top_keys
@@ -94,6 +95,8 @@ def zeroed_bag(bundle):
 
 # A square layer, so that its transpose has the right shape.
 SQUARE = replace(CONFIGS["dot"], name="square", top_mlp=(12, 12, 1))
+# First-order terms, so that bags and interaction are two nodes, between which an error can be planted.
+SPLIT = replace(SQUARE, name="split", wide=True)
 PLANTED = {
     "wrong_row": (wrong_row, "table t_b"),
     "swapped_pairs": (swapped_pairs, "interaction"),
@@ -109,12 +112,19 @@ def square_bundle(tmp_path, monkeypatch):
     return make_bundle("square", tmp_path / "bundle")
 
 
+@pytest.fixture
+def split_bundle(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "split", SPLIT)
+    return make_bundle("split", tmp_path / "split")
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("planted", PLANTED)
-def test_a_planted_error_fails_the_check_and_is_found_at_its_stage(planted, engine, square_bundle):
+def test_a_planted_error_fails_the_check_and_is_found_at_its_stage(planted, engine, request):
     plant, stage = PLANTED[planted]
-    plant(square_bundle)
-    bundle = rehash(square_bundle)
+    bundle = request.getfixturevalue("split_bundle" if planted == "zeroed_bag" else "square_bundle")
+    plant(bundle)
+    bundle = rehash(bundle)
     report = check_parity(bundle, engine, threads=1, sizes=(37,))
     assert not report.passed
     batch = random_batch(bundle.config, 64, np.random.default_rng(0))
@@ -133,9 +143,9 @@ def test_no_stage_of_a_right_bundle_departs(engine, any_bundle):
     assert "no stage departs" in found.summary()
 
 
-def test_the_worst_sample_is_saved_and_shows_the_error_again(square_bundle, tmp_path):
-    zeroed_bag(square_bundle)
-    bundle = rehash(square_bundle)
+def test_the_worst_sample_is_saved_and_shows_the_error_again(split_bundle, tmp_path):
+    zeroed_bag(split_bundle)
+    bundle = rehash(split_bundle)
     batch = random_batch(bundle.config, 64, np.random.default_rng(0))
     departure = bisect(bundle, "onnxruntime-stock", batch, threads=1).first
     save_reproducer(tmp_path / "worst.npz", departure.batch, departure)
@@ -234,11 +244,11 @@ def test_no_stage_of_a_right_model_departs_for_long_bags(name, engine, tmp_path)
 
 
 def test_a_planted_error_is_found_among_tiny_values_and_in_long_bags(tmp_path, monkeypatch):
-    bundle = export_bundle(Scaled(SQUARE, 1e-20, 1), tmp_path / "bundle")
+    bundle = export_bundle(Scaled(SPLIT, 1e-20, 1), tmp_path / "bundle")
     zeroed_bag(bundle)
     monkeypatch.setattr(bisect_module, "SLICE_VALUES", 1000)
     monkeypatch.setattr(stages, "BLOCK_VALUES", 64)
-    undeclared = replace(SQUARE, features=tuple(replace(feature, max_ids=None) for feature in SQUARE.features))
+    undeclared = replace(SPLIT, features=tuple(replace(feature, max_ids=None) for feature in SPLIT.features))
     batch = random_batch(with_longer_bags(undeclared, 400), 8, np.random.default_rng(0))
     assert batch.rows(0, 1).indices.size * 8 > 1000
     report = bisect(rehash(bundle), "onnxruntime-stock", batch)
@@ -297,3 +307,32 @@ def test_a_batch_without_samples_has_no_departures(any_bundle):
     report = bisect(any_bundle, "onnxruntime-stock", empty, threads=1)
     assert (report.departures, report.problem) == ((), None)
     assert report.stages > 3
+
+
+@pytest.mark.parametrize("tables", ["fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["dot", "parts_weighted"])
+def test_stages_of_stored_rows_are_what_they_decode_to(name, tables, tmp_path):
+    fp32 = make_bundle(name, tmp_path / "fp32")
+    bundle = convert_bundle(fp32, tmp_path / "converted", tables=tables, mlp="fp32")
+    batch = random_batch(bundle.config, 64, np.random.default_rng(1))
+    for engine in ENGINES:
+        report = bisect(bundle, engine, batch, threads=1)
+        assert (report.departures, report.problem) == ((), None)
+        assert report.stages > len(bundle.config.features)
+
+
+def test_a_stored_row_that_was_changed_is_found_at_rest(tmp_path):
+    bundle = convert_bundle(make_bundle("dot", tmp_path / "fp32"), tmp_path / "int8", tables="int8", mlp="fp32")
+    path = bundle.path / "tables/width8.int8.bin"
+    stored = bytearray(path.read_bytes())
+    stored[12 * (11 + 3)] ^= 1  # a code of row 3 of t_b, behind the 11 rows of t_a
+    path.write_bytes(stored)
+    report = bisect(rehash(bundle), "onnxruntime-stock", random_batch(bundle.config, 8, np.random.default_rng(0)))
+    assert [departure.stage for departure in report.departures] == ["table t_b"]
+
+
+def test_stages_of_bf16_mlps_are_not_compared_and_the_report_says_what_to_do(tmp_path):
+    bundle = convert_bundle(make_bundle("dot", tmp_path / "fp32"), tmp_path / "bf16", tables="int8", mlp="bf16")
+    report = bisect(bundle, "onnxruntime-stock", random_batch(bundle.config, 8, np.random.default_rng(0)))
+    assert report.departures == ()
+    assert "Bisect the fp32 bundle that it was converted from" in report.summary()

@@ -14,8 +14,9 @@ from dlrm_deploy.engines.torch_eager import TorchEngine
 from dlrm_deploy.errors import BatchError, EngineError, MissingDependencyError
 from dlrm_deploy.model.rounding import LEAST_LIMIT
 from dlrm_deploy.parity import check
-from dlrm_deploy.parity.check import check_parity, precision_limit
+from dlrm_deploy.parity.check import check_parity
 from dlrm_deploy.parity.labelled import LabelledSamples
+from dlrm_deploy.parity.limits import precision_limit
 
 
 class Faulty(TorchEngine):

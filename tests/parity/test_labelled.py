@@ -9,6 +9,7 @@ from dlrm_deploy.data.random import RandomDataset
 from dlrm_deploy.errors import DataError, EngineError
 from dlrm_deploy.metrics import Difference, auc, calibration, log_loss
 from dlrm_deploy.parity import labelled
+from dlrm_deploy.parity.compare import Limit
 from dlrm_deploy.parity.labelled import LabelledSamples, compare_labelled
 from dlrm_deploy.parity.report import LabelledParity, Quality
 
@@ -108,7 +109,7 @@ def test_figures_are_those_of_the_plain_metrics_over_all_slices(monkeypatch):
     noise = np.random.default_rng(0).uniform(-0.05, 0.05, 300).astype(np.float32)
     engine = Scorer(lambda scores: scores + noise[: scores.size])
     case, found = compare_labelled(
-        samples_of(300, 128, monkeypatch), reference, engine, limit=lambda _: 0.1, resamples=50
+        samples_of(300, 128, monkeypatch), reference, engine, limit=lambda _: Limit(0.1), resamples=50
     )
     assert reference.sizes == engine.sizes == [128, 128, 44]
     batch, labels = RandomDataset(CONFIG, 300, 3).batch(np.arange(300))
@@ -127,7 +128,9 @@ def test_figures_are_those_of_the_plain_metrics_over_all_slices(monkeypatch):
 
 def test_the_slice_with_the_worst_sample_is_kept(monkeypatch):
     engine = Scorer(lambda scores: scores + np.float32(0.2) * (scores.size == 44))
-    case, _ = compare_labelled(samples_of(300, 128, monkeypatch), Scorer(), engine, limit=lambda _: 0.1, resamples=5)
+    case, _ = compare_labelled(
+        samples_of(300, 128, monkeypatch), Scorer(), engine, limit=lambda _: Limit(0.1), resamples=5
+    )
     assert not case.passed
     assert case.batch.batch_size == 44
     assert case.output.worst_row >= 256
@@ -137,12 +140,12 @@ def test_an_engine_that_fails_or_gives_nan_has_no_figures():
     def crash(scores):
         raise EngineError("out of memory")
 
-    case, found = compare_labelled(samples_of(20), Scorer(), Scorer(crash), limit=lambda _: 0.1)
+    case, found = compare_labelled(samples_of(20), Scorer(), Scorer(crash), limit=lambda _: Limit(0.1))
     assert (case.problem, case.batch.batch_size, found) == ("out of memory", 20, None)
-    case, found = compare_labelled(samples_of(20), Scorer(), Scorer(lambda s: s * np.nan), limit=lambda _: 0.1)
+    case, found = compare_labelled(samples_of(20), Scorer(), Scorer(lambda s: s * np.nan), limit=lambda _: Limit(0.1))
     assert (case.passed, found) == (False, None)
     nan = Scorer(lambda s: np.where(np.arange(s.size) == 3, np.float32(np.nan), s))
-    case, found = compare_labelled(samples_of(20), Scorer(), nan, limit=lambda _: 0.1)
+    case, found = compare_labelled(samples_of(20), Scorer(), nan, limit=lambda _: Limit(0.1))
     assert (case.output.nonfinite, case.output.worst_row, found) == (1, 3, None)
 
 
@@ -150,15 +153,15 @@ def test_samples_of_one_class_no_samples_and_ones_that_the_reference_refuses_are
     batch = Batch.from_bags(np.zeros((2, 3)), [[[1], []]] * 3)
     one_class = LabelledSamples("here", lambda: iter([(batch, np.ones(2, np.float32))]))
     with pytest.raises(DataError, match="2 positive and 0 negative"):
-        compare_labelled(one_class, Scorer(), Scorer(), limit=lambda _: 0.1)
+        compare_labelled(one_class, Scorer(), Scorer(), limit=lambda _: Limit(0.1))
     with pytest.raises(DataError, match="here holds no samples"):
-        compare_labelled(LabelledSamples("here", lambda: iter(())), Scorer(), Scorer(), limit=lambda _: 0.1)
+        compare_labelled(LabelledSamples("here", lambda: iter(())), Scorer(), Scorer(), limit=lambda _: Limit(0.1))
 
     def refuse(scores):
         raise labelled.BatchError("id 7 is outside [0, 5)")
 
     with pytest.raises(DataError, match=r"random data, from sample 0 on: id 7 is outside"):
-        compare_labelled(samples_of(20), Scorer(refuse), Scorer(), limit=lambda _: 0.1)
+        compare_labelled(samples_of(20), Scorer(refuse), Scorer(), limit=lambda _: Limit(0.1))
 
 
 def parity(value, low, high, limit=1e-3):

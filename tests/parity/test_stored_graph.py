@@ -38,13 +38,13 @@ def test_one_bit_of_a_weight_is_seen(bundle):
 
 def test_a_changed_attribute_is_named_with_both_values(bundle):
     def edit(model):
-        (node,) = [node for node in model.graph.node if node.op_type == "TableBatchedEmbeddingBag"]
+        (node,) = [node for node in model.graph.node if node.op_type == "EmbeddingBagDotInteraction"]
         (mean,) = [attribute for attribute in node.attribute if attribute.name == "mean"]
         mean.CopyFrom(helper.make_attribute("mean", [1, 1, 0]))
 
     change(bundle, edit)
-    expected = "TableBatchedEmbeddingBag: mean is [1, 1, 0], exported as [0, 1, 0]"
-    assert list(differences(bundle)) == [("graph, pooled_width8", expected)]
+    expected = "EmbeddingBagDotInteraction: mean is [1, 1, 0], exported as [0, 1, 0]"
+    assert list(differences(bundle)) == [("graph, interactions", expected)]
 
 
 def test_added_and_lost_nodes_are_named(bundle):
@@ -62,15 +62,15 @@ def test_added_and_lost_nodes_are_named(bundle):
 
 def test_a_changed_function_body_is_found(bundle):
     def edit(model):
-        (body,) = [body for body in model.functions if body.name == "DotInteraction"]
-        (gather,) = [node for node in body.node if node.op_type == "Gather"]
+        (body,) = [body for body in model.functions if body.name == "EmbeddingBagDotInteraction"]
+        *_, gather = [node for node in body.node if node.op_type == "Gather"]
         (order,) = [node for node in body.node if gather.input[1] in node.output]
         values = numpy_helper.to_array(order.attribute[0].t)[::-1]
         order.attribute[0].t.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values)))
 
     change(bundle, edit)
     ((place, detail),) = differences(bundle)
-    assert place.startswith("body of DotInteraction, ")
+    assert place.startswith("body of EmbeddingBagDotInteraction, ")
     assert detail.startswith("Constant: value is [")
 
 

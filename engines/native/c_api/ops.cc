@@ -4,13 +4,14 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <string>
 #include <vector>
 
+#include "c_api/status.h"
 #include "c_api/thread_runner.h"
 #include "calibrate/calibrate.h"
+#include "kernels/bag_interaction.h"
 #include "kernels/dispatch.h"
 #include "kernels/dot_interaction.h"
 #include "kernels/embedding_bag.h"
@@ -20,28 +21,6 @@ namespace {
 
 constexpr int64_t kMostFloats = std::numeric_limits<int64_t>::max() / 16;
 constexpr int32_t kMostThreads = 1024;
-
-std::string& LastError() {
-  thread_local std::string message;
-  return message;
-}
-
-dlrm_deploy_status Fail(dlrm_deploy_status status, std::string message) {
-  LastError() = std::move(message);
-  return status;
-}
-
-// Runs `body`, and turns what it throws into a status.
-template <typename Body>
-dlrm_deploy_status Guarded(const Body& body) {
-  try {
-    return body();
-  } catch (const std::exception& error) {
-    return Fail(DLRM_DEPLOY_FAILED, error.what());
-  } catch (...) {
-    return Fail(DLRM_DEPLOY_FAILED, "unknown failure");
-  }
-}
 
 // a * b * c floats, or -1 when that is negative or too many to address.
 int64_t CountFloats(int64_t a, int64_t b, int64_t c) {
@@ -104,10 +83,23 @@ Error CheckBag(const dlrm_deploy_embedding_bag& bag) {
       (bag.pooled == nullptr && bag.pooled_floats > 0)) {
     return std::string("weights, indices or pooled is NULL");
   }
+  for (const int64_t rows : {bag.rows_fp16, bag.rows_bf16, bag.rows_int8, bag.rows_int4}) {
+    // No row takes more than width + 4 floats.
+    if (bag.width > kMostFloats || CountFloats(rows, bag.width + 4, 1) < 0) {
+      return std::string("a number of rows is negative or too large to address");
+    }
+  }
   return {};
 }
 
-Error RunBag(const dlrm_deploy_embedding_bag& c, const KernelPath& path, int threads) {
+// The operator and the inputs of one call.
+struct BagCall {
+  EmbeddingBag bag;
+  EmbeddingBagInputs inputs;
+  int64_t batch = 0;
+};
+
+Error ReadBag(const dlrm_deploy_embedding_bag& c, BagCall* call) {
   EmbeddingBagAttributes attributes;
   attributes.num_features = c.num_features;
   attributes.features = Values(c.features, c.num_slots);
@@ -118,17 +110,22 @@ Error RunBag(const dlrm_deploy_embedding_bag& c, const KernelPath& path, int thr
   attributes.divisors = Values(c.divisors, c.num_slots);
   attributes.divisions = Values(c.divisions, c.num_slots);
   attributes.mean = Values(c.mean, c.num_slots);
+  attributes.formats = Values(c.formats, c.num_slots);
+  if (c.formats != nullptr) attributes.width = c.width;
   attributes.pooling_factors = Values(c.pooling_factors, c.num_features);
   const std::string policy = c.index_policy == nullptr ? "error" : c.index_policy;
   if (Error error = ParseIndexPolicy(policy, &attributes.index_policy)) return error;
   if (c.feature_names != nullptr) attributes.feature_names = c.feature_names;
 
-  EmbeddingBag bag;
-  if (Error error = EmbeddingBag::Create(std::move(attributes), &bag)) return error;
+  if (Error error = EmbeddingBag::Create(std::move(attributes), &call->bag)) return error;
 
-  EmbeddingBagInputs inputs;
-  inputs.weights = c.weights;
-  inputs.total_rows = c.total_rows;
+  EmbeddingBagInputs& inputs = call->inputs;
+  inputs.matrix(RowFormat::kFp32) = {c.weights != nullptr || c.formats == nullptr, c.weights,
+                                     c.total_rows};
+  inputs.matrix(RowFormat::kFp16) = {c.weights_fp16 != nullptr, c.weights_fp16, c.rows_fp16};
+  inputs.matrix(RowFormat::kBf16) = {c.weights_bf16 != nullptr, c.weights_bf16, c.rows_bf16};
+  inputs.matrix(RowFormat::kInt8) = {c.weights_int8 != nullptr, c.weights_int8, c.rows_int8};
+  inputs.matrix(RowFormat::kInt4) = {c.weights_int4 != nullptr, c.weights_int4, c.rows_int4};
   inputs.width = c.width;
   inputs.id_type = c.id_bytes == 4 ? IdType::kInt32 : IdType::kInt64;
   inputs.indices = c.indices;
@@ -140,15 +137,60 @@ Error RunBag(const dlrm_deploy_embedding_bag& c, const KernelPath& path, int thr
   inputs.per_sample_weights = c.per_sample_weights;
   inputs.num_per_sample_weights = c.num_per_sample_weights;
 
-  int64_t batch = 0;
-  if (Error error = bag.BatchSize(inputs, &batch)) return error;
-  const int64_t needed = CountFloats(batch, bag.slots(), c.width);
-  if (needed < 0 || needed > c.pooled_floats) {
-    return "pooled holds " + std::to_string(c.pooled_floats) + " floats, expected at least " +
-           std::to_string(batch) + " x " + std::to_string(bag.slots()) + " x " +
-           std::to_string(c.width);
+  return call->bag.BatchSize(inputs, &call->batch);
+}
+
+Error CheckPooled(const dlrm_deploy_embedding_bag& c, const BagCall& call) {
+  const int64_t needed = CountFloats(call.batch, call.bag.slots(), c.width);
+  if (needed >= 0 && needed <= c.pooled_floats) return {};
+  return "pooled holds " + std::to_string(c.pooled_floats) + " floats, expected at least " +
+         std::to_string(call.batch) + " x " + std::to_string(call.bag.slots()) + " x " +
+         std::to_string(c.width);
+}
+
+Error RunBag(const dlrm_deploy_embedding_bag* from, const KernelPath& path, int threads) {
+  dlrm_deploy_embedding_bag c;
+  BagCall call;
+  if (Error error = CopyBag(from, &c)) return error;
+  if (Error error = CheckBag(c)) return error;
+  if (Error error = ReadBag(c, &call)) return error;
+  if (Error error = CheckPooled(c, call)) return error;
+  return call.bag.Run(call.inputs, call.batch, path, ThreadRunner(threads), c.pooled);
+}
+
+Error RunBagAndInteraction(const dlrm_deploy_bag_interaction* from, const KernelPath& path,
+                           int threads) {
+  if (from == nullptr || from->struct_size < sizeof(dlrm_deploy_bag_interaction)) {
+    return std::string("struct_size is smaller than this library's dlrm_deploy_bag_interaction");
   }
-  return bag.Run(inputs, batch, path, ThreadRunner(threads), c.pooled);
+  dlrm_deploy_embedding_bag c;
+  BagCall call;
+  if (Error error = CopyBag(from->bag, &c)) return error;
+  if (Error error = CheckBag(c)) return error;
+  if (Error error = ReadBag(c, &call)) return error;
+  if (c.pooled != nullptr) {
+    if (Error error = CheckPooled(c, call)) return error;
+  }
+  if (from->batch != call.batch) {
+    return "dense has " + std::to_string(from->batch) + " samples, expected that of the bags, " +
+           std::to_string(call.batch);
+  }
+  InteractionShape shape;
+  if (Error error =
+          MakeInteractionShape(call.bag.slots(), c.width, from->self_interaction != 0, &shape)) {
+    return error;
+  }
+  const int64_t needed = CountFloats(call.batch, shape.output_width, 1);
+  if (needed < 0 || needed > from->interactions_floats) {
+    return "interactions holds " + std::to_string(from->interactions_floats) +
+           " floats, expected at least " + std::to_string(call.batch) + " x " +
+           std::to_string(shape.output_width);
+  }
+  if (needed > 0 && (from->interactions == nullptr || (c.width > 0 && from->dense == nullptr))) {
+    return std::string("dense or interactions is NULL");
+  }
+  return RunBagInteraction(call.bag, call.inputs, shape, from->dense, call.batch, path,
+                           ThreadRunner(threads), from->interactions, c.pooled);
 }
 
 Error RunInteraction(const dlrm_deploy_dot_interaction* c, const KernelPath& path, int threads) {
@@ -206,11 +248,8 @@ dlrm_deploy_status dlrm_deploy_run_embedding_bag(const dlrm_deploy_embedding_bag
   return Guarded([&] {
     const KernelPath* path = nullptr;
     if (const auto status = ChoosePath(path_name, &path)) return status;
-    dlrm_deploy_embedding_bag call;
     Error error = CheckThreads(threads);
-    if (!error) error = CopyBag(bag, &call);
-    if (!error) error = CheckBag(call);
-    if (!error) error = RunBag(call, *path, threads);
+    if (!error) error = RunBag(bag, *path, threads);
     return error ? Fail(DLRM_DEPLOY_BAD_INPUT, *error) : DLRM_DEPLOY_OK;
   });
 }
@@ -222,6 +261,17 @@ dlrm_deploy_status dlrm_deploy_run_dot_interaction(const dlrm_deploy_dot_interac
     if (const auto status = ChoosePath(path_name, &path)) return status;
     Error error = CheckThreads(threads);
     if (!error) error = RunInteraction(interaction, *path, threads);
+    return error ? Fail(DLRM_DEPLOY_BAD_INPUT, *error) : DLRM_DEPLOY_OK;
+  });
+}
+
+dlrm_deploy_status dlrm_deploy_run_bag_interaction(const dlrm_deploy_bag_interaction* interaction,
+                                                   const char* path_name, int32_t threads) {
+  return Guarded([&] {
+    const KernelPath* path = nullptr;
+    if (const auto status = ChoosePath(path_name, &path)) return status;
+    Error error = CheckThreads(threads);
+    if (!error) error = RunBagAndInteraction(interaction, *path, threads);
     return error ? Fail(DLRM_DEPLOY_BAD_INPUT, *error) : DLRM_DEPLOY_OK;
   });
 }

@@ -2,50 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
+
+#include "calibrate/measure_rate.h"
 
 namespace dlrm_deploy {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-// Runs step(thread) on every thread, again and again for the duration; a step returns how much work
-// it did. Returns the work a second of all threads together. They begin at the same moment.
-template <typename Step>
-double MeasureRate(int threads, double duration_ms, const Step& step) {
-  std::atomic<int> ready{0};
-  std::atomic<bool> cancelled{false};
-  std::vector<double> rates(static_cast<size_t>(threads), 0.0);
-  const auto run = [&](int thread) {
-    ready.fetch_add(1);
-    while (ready.load() < threads && !cancelled.load()) std::this_thread::yield();
-    const Clock::time_point start = Clock::now();
-    double work = 0.0;
-    double seconds = 0.0;
-    do {
-      work += step(thread);
-      seconds = std::chrono::duration<double>(Clock::now() - start).count();
-    } while (seconds * 1e3 < duration_ms && !cancelled.load());
-    rates[static_cast<size_t>(thread)] = work / seconds;
-  };
-  std::vector<std::thread> others;
-  try {
-    for (int t = 1; t < threads; ++t) others.emplace_back(run, t);
-    run(0);
-  } catch (...) {
-    cancelled.store(true);
-    for (std::thread& other : others) other.join();
-    throw;
-  }
-  for (std::thread& other : others) other.join();
-  double total = 0.0;
-  for (const double rate : rates) total += rate;
-  return total;
-}
 
 // Memory with a value on every page, so that no page is the kernel's shared page of zeros.
 std::vector<float> FilledBuffer(int64_t bytes) {

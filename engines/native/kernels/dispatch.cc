@@ -3,17 +3,39 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "kernels/amx_support.h"
+
 namespace dlrm_deploy {
+namespace {
+
+#if defined(__x86_64__)
+bool SupportsAvx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool SupportsAvx512() {
+  return SupportsAvx2() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+#if defined(DLRM_DEPLOY_HAS_AMX)
+bool SupportsAmxPath() { return SupportsAvx512() && SupportsAmx(); }
+#endif
+#endif
+
+}  // namespace
 
 const std::vector<KernelPath>& AllKernelPaths() {
   static const std::vector<KernelPath> paths = {
-#if defined(__x86_64__)
-      {"avx512", [] { return bool(__builtin_cpu_supports("avx512f")); }, PoolChunkAvx512,
-       InteractAvx512, MultiplyAddLoopAvx512},
-      {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-       PoolChunkAvx2, InteractAvx2, MultiplyAddLoopAvx2},
+#if defined(DLRM_DEPLOY_HAS_AMX)
+      {"amx", SupportsAmxPath, PoolChunkAvx512, InteractAvx512, MultiplyAddLoopAvx512, RunMlpAmx},
 #endif
-      {"scalar", [] { return true; }, PoolChunkScalar, InteractScalar, MultiplyAddLoopScalar},
+#if defined(__x86_64__)
+      {"avx512", SupportsAvx512, PoolChunkAvx512, InteractAvx512, MultiplyAddLoopAvx512, RunMlpAvx512},
+      {"avx2", SupportsAvx2, PoolChunkAvx2, InteractAvx2, MultiplyAddLoopAvx2, RunMlpAvx2},
+#endif
+      {"scalar", [] { return true; }, PoolChunkScalar, InteractScalar, MultiplyAddLoopScalar, RunMlpScalar},
   };
   return paths;
 }

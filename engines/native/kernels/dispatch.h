@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/kernel_path.h"
+#include "kernels/mlp_path.h"
 
 namespace dlrm_deploy {
 
@@ -15,6 +16,7 @@ struct KernelPath {
   PoolChunk pool_chunk;
   Interact interact;
   MultiplyAddLoop multiply_add_loop;
+  RunMlp run_mlp;
 };
 
 // Every path in this build, fastest first. "scalar" is always there and always supported.

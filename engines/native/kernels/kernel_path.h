@@ -13,6 +13,13 @@
 
 namespace dlrm_deploy {
 
+// How a row of D values is stored; the number is the value of the operator's attribute `formats`.
+// int8 and int4 rows hold D unsigned codes (int4: two a byte, the even column in the low nibble),
+// then scale and bias in fp16: a value is code * scale + bias in float32, rounded once. The product
+// is exact (8 and 11 bits), so a fused multiply-add gives the same bits as two operations.
+enum class RowFormat : uint8_t { kFp32 = 0, kFp16 = 1, kBf16 = 2, kInt8 = 3, kInt4 = 4 };
+inline constexpr int kRowFormats = 5;
+
 // A bag, or the part of it that fits into one Chunk.
 struct BagPart {
   float* out;      // [width]
@@ -21,24 +28,27 @@ struct BagPart {
   bool resume;     // out already holds the sum of the bag's earlier parts
 };
 
-// Rows to pool, in order. Every pointer was made from a checked id, so a path checks nothing.
+// Rows to pool, in order, all of one format. Every pointer was made from a checked id, so a path
+// checks nothing; it reads no byte outside of a row.
 struct Chunk {
   static constexpr int kRows = 256;
   static constexpr int kBags = 256;
   static constexpr int kAhead = 24;  // rows between a prefetch and its use
 
+  RowFormat format = RowFormat::kFp32;
   int rows;
   int bags;
   bool weighted;  // weight[i] multiplies row[i]
   bool one_hot;   // bag i owns row i and nothing else
   // row[rows .. rows + kAhead) comes next and is only prefetched. A null row contributes nothing.
-  const float* row[kRows + kAhead];
+  const void* row[kRows + kAhead];
   float weight[kRows];
   BagPart bag[kBags];
 };
 
 // Pools the bags of a chunk: out = (out or 0) + weight * row + ..., in order, then / divisor. One
-// rounding per multiplication and one per addition, so that all paths agree bit for bit.
+// rounding per multiplication and one per addition, so that all paths agree bit for bit. `row` is
+// the row's float32 value.
 using PoolChunk = void (*)(const Chunk& chunk, int64_t width);
 
 struct InteractionShape {

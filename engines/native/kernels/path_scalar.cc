@@ -3,6 +3,52 @@
 #include "kernels/kernel_path.h"
 
 namespace dlrm_deploy {
+namespace {
+
+float FloatOfBits(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Two bytes, the lower one first, wherever they lie.
+uint32_t Bits16(const unsigned char* at) { return at[0] | static_cast<uint32_t>(at[1]) << 8; }
+
+// One sign bit, five of exponent, ten of fraction.
+float FromHalf(uint32_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16;
+  const uint32_t exponent = half >> 10 & 31u;
+  const uint32_t fraction = half & 0x3ffu;
+  if (exponent == 31) return FloatOfBits(sign | 0x7f800000u | fraction << 13);
+  if (exponent > 0) return FloatOfBits(sign | (exponent + 112) << 23 | fraction << 13);
+  const float small = static_cast<float>(fraction) * 0x1p-24f;  // subnormal, exact in float32
+  return sign ? -small : small;
+}
+
+// Column d of a stored row.
+float Value(RowFormat format, const void* row, int64_t width, int64_t d) {
+  const unsigned char* bytes = static_cast<const unsigned char*>(row);
+  const auto line = [&](uint32_t code, int64_t codes_bytes) {
+    const float scale = FromHalf(Bits16(bytes + codes_bytes));
+    const float bias = FromHalf(Bits16(bytes + codes_bytes + 2));
+    return static_cast<float>(code) * scale + bias;
+  };
+  switch (format) {
+    case RowFormat::kFp32:
+      return static_cast<const float*>(row)[d];
+    case RowFormat::kFp16:
+      return FromHalf(Bits16(bytes + 2 * d));
+    case RowFormat::kBf16:
+      return FloatOfBits(Bits16(bytes + 2 * d) << 16);
+    case RowFormat::kInt8:
+      return line(bytes[d], width);
+    case RowFormat::kInt4:
+      return line(bytes[d / 2] >> (d % 2 * 4) & 15u, (width + 1) / 2);
+  }
+  return 0.0f;
+}
+
+}  // namespace
 
 void PoolChunkScalar(const Chunk& chunk, int64_t width) {
   int first = 0;
@@ -12,10 +58,10 @@ void PoolChunkScalar(const Chunk& chunk, int64_t width) {
       for (int64_t d = 0; d < width; ++d) bag.out[d] = 0.0f;
     }
     for (int i = first; i < first + bag.count; ++i) {
-      const float* row = chunk.row[i];
-      if (row == nullptr) continue;
+      if (chunk.row[i] == nullptr) continue;
       for (int64_t d = 0; d < width; ++d) {
-        bag.out[d] += chunk.weighted ? chunk.weight[i] * row[d] : row[d];
+        const float value = Value(chunk.format, chunk.row[i], width, d);
+        bag.out[d] += chunk.weighted ? chunk.weight[i] * value : value;
       }
     }
     if (bag.divisor != 1.0f) {

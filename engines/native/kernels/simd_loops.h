@@ -1,8 +1,7 @@
 // simd_loops.h: both inner loops, written once over a vector type V that a path supplies.
 //
 // Pooling: lanes hold columns, so every path adds a bag's rows in the same order and results are
-// bit-identical. Widths that are no multiple of the lanes end in a masked load, which never reads
-// past the row.
+// bit-identical. How rows are read is in simd_rows.h.
 //
 // Interaction: the vectors of a sample are transposed into L1 (scratch[d][j] = x_j[d]). Lanes then
 // hold columns j of the triangle: x_i[d] is broadcast and multiplied into them, so there is no
@@ -16,17 +15,10 @@
 #include <stdint.h>
 
 #include "kernels/kernel_path.h"
+#include "kernels/simd_rows.h"
 
 namespace dlrm_deploy {
 namespace {
-
-constexpr int64_t kLineFloats = 16;  // a cache line
-
-inline void PrefetchRow(const float* row, int64_t width) {
-  if (row == nullptr) return;
-  for (int64_t d = 0; d < width; d += kLineFloats) __builtin_prefetch(row + d);
-  if (width % kLineFloats != 0) __builtin_prefetch(row + width - 1);  // may lie on one more line
-}
 
 template <class V, bool kWeighted>
 inline typename V::Reg AddRow(typename V::Reg sum, typename V::Reg row, float weight) {
@@ -36,18 +28,18 @@ inline typename V::Reg AddRow(typename V::Reg sum, typename V::Reg row, float we
 }
 
 // Columns [column, column + N * lanes) of one bag.
-template <class V, bool kWeighted, int N>
+template <class V, RowFormat kFormat, bool kWeighted, int N>
 inline void PoolColumns(const Chunk& chunk, const BagPart& bag, int first, int64_t column,
                         int64_t width) {
   typename V::Reg sum[N];
   float* out = bag.out + column;
   for (int k = 0; k < N; ++k) sum[k] = bag.resume ? V::Load(out + k * V::kLanes) : V::Zero();
   for (int i = first; i < first + bag.count; ++i) {
-    if (column == 0) PrefetchRow(chunk.row[i + Chunk::kAhead], width);
-    const float* row = chunk.row[i];
-    if (row == nullptr) continue;
+    if (column == 0) PrefetchRow(chunk.row[i + Chunk::kAhead], BytesOfRow<kFormat>(width));
+    if (chunk.row[i] == nullptr) continue;
+    const Row<V, kFormat> row(chunk.row[i], width);
     for (int k = 0; k < N; ++k) {
-      sum[k] = AddRow<V, kWeighted>(sum[k], V::Load(row + column + k * V::kLanes),
+      sum[k] = AddRow<V, kWeighted>(sum[k], row.Columns(column + k * V::kLanes),
                                     kWeighted ? chunk.weight[i] : 1.0f);
     }
   }
@@ -58,24 +50,24 @@ inline void PoolColumns(const Chunk& chunk, const BagPart& bag, int first, int64
 }
 
 // The last columns of one bag, fewer than there are lanes.
-template <class V, bool kWeighted>
+template <class V, RowFormat kFormat, bool kWeighted>
 inline void PoolTail(const Chunk& chunk, const BagPart& bag, int first, int64_t column,
                      int64_t width) {
   const typename V::Mask mask = V::FirstLanes(width - column);
   float* out = bag.out + column;
   typename V::Reg sum = bag.resume ? V::LoadMasked(mask, out) : V::Zero();
   for (int i = first; i < first + bag.count; ++i) {
-    if (column == 0) PrefetchRow(chunk.row[i + Chunk::kAhead], width);
-    const float* row = chunk.row[i];
-    if (row == nullptr) continue;
-    sum = AddRow<V, kWeighted>(sum, V::LoadMasked(mask, row + column),
+    if (column == 0) PrefetchRow(chunk.row[i + Chunk::kAhead], BytesOfRow<kFormat>(width));
+    if (chunk.row[i] == nullptr) continue;
+    const Row<V, kFormat> row(chunk.row[i], width);
+    sum = AddRow<V, kWeighted>(sum, row.FirstColumns(column, width - column),
                                kWeighted ? chunk.weight[i] : 1.0f);
   }
   if (bag.divisor != 1.0f) sum = V::Divide(sum, V::Broadcast(bag.divisor));
   V::StoreMasked(mask, out, sum);
 }
 
-template <class V, bool kWeighted>
+template <class V, RowFormat kFormat, bool kWeighted>
 void PoolBags(const Chunk& chunk, int64_t width) {
   constexpr int kLanes = V::kLanes;
   int first = 0;
@@ -83,55 +75,76 @@ void PoolBags(const Chunk& chunk, int64_t width) {
     const BagPart& bag = chunk.bag[b];
     int64_t d = 0;
     for (; d + 8 * kLanes <= width; d += 8 * kLanes) {
-      PoolColumns<V, kWeighted, 8>(chunk, bag, first, d, width);
+      PoolColumns<V, kFormat, kWeighted, 8>(chunk, bag, first, d, width);
     }
     if (d + 4 * kLanes <= width) {
-      PoolColumns<V, kWeighted, 4>(chunk, bag, first, d, width);
+      PoolColumns<V, kFormat, kWeighted, 4>(chunk, bag, first, d, width);
       d += 4 * kLanes;
     }
     if (d + 2 * kLanes <= width) {
-      PoolColumns<V, kWeighted, 2>(chunk, bag, first, d, width);
+      PoolColumns<V, kFormat, kWeighted, 2>(chunk, bag, first, d, width);
       d += 2 * kLanes;
     }
     if (d + kLanes <= width) {
-      PoolColumns<V, kWeighted, 1>(chunk, bag, first, d, width);
+      PoolColumns<V, kFormat, kWeighted, 1>(chunk, bag, first, d, width);
       d += kLanes;
     }
-    if (d < width) PoolTail<V, kWeighted>(chunk, bag, first, d, width);
+    if (d < width) PoolTail<V, kFormat, kWeighted>(chunk, bag, first, d, width);
     first += bag.count;
   }
 }
 
 // One id in every bag: no sums to keep, row i goes to bag i.
-template <class V, bool kWeighted>
+template <class V, RowFormat kFormat, bool kWeighted>
 void PoolOneHot(const Chunk& chunk, int64_t width) {
   constexpr int kLanes = V::kLanes;
   const typename V::Mask tail = V::FirstLanes(width % kLanes);
   for (int i = 0; i < chunk.rows; ++i) {
-    PrefetchRow(chunk.row[i + Chunk::kAhead], width);
-    const float* row = chunk.row[i];
+    PrefetchRow(chunk.row[i + Chunk::kAhead], BytesOfRow<kFormat>(width));
     float* out = chunk.bag[i].out;
     const float weight = kWeighted ? chunk.weight[i] : 1.0f;
     int64_t d = 0;
+    if (chunk.row[i] == nullptr) {
+      for (; d + kLanes <= width; d += kLanes) V::Store(out + d, V::Zero());
+      if (d < width) V::StoreMasked(tail, out + d, V::Zero());
+      continue;
+    }
+    const Row<V, kFormat> row(chunk.row[i], width);
+    // 0 + row, not row: the sum of a bag is never -0.
     for (; d + kLanes <= width; d += kLanes) {
-      typename V::Reg sum = V::Zero();  // 0 + row, not row: the sum of a bag is never -0
-      if (row != nullptr) sum = AddRow<V, kWeighted>(sum, V::Load(row + d), weight);
-      V::Store(out + d, sum);
+      V::Store(out + d, AddRow<V, kWeighted>(V::Zero(), row.Columns(d), weight));
     }
     if (d < width) {
-      typename V::Reg sum = V::Zero();
-      if (row != nullptr) sum = AddRow<V, kWeighted>(sum, V::LoadMasked(tail, row + d), weight);
-      V::StoreMasked(tail, out + d, sum);
+      const typename V::Reg last = row.FirstColumns(d, width - d);
+      V::StoreMasked(tail, out + d, AddRow<V, kWeighted>(V::Zero(), last, weight));
     }
+  }
+}
+
+template <class V, RowFormat kFormat>
+void PoolFormat(const Chunk& chunk, int64_t width) {
+  if (chunk.one_hot) {
+    chunk.weighted ? PoolOneHot<V, kFormat, true>(chunk, width)
+                   : PoolOneHot<V, kFormat, false>(chunk, width);
+  } else {
+    chunk.weighted ? PoolBags<V, kFormat, true>(chunk, width)
+                   : PoolBags<V, kFormat, false>(chunk, width);
   }
 }
 
 template <class V>
 void PoolChunkSimd(const Chunk& chunk, int64_t width) {
-  if (chunk.one_hot) {
-    chunk.weighted ? PoolOneHot<V, true>(chunk, width) : PoolOneHot<V, false>(chunk, width);
-  } else {
-    chunk.weighted ? PoolBags<V, true>(chunk, width) : PoolBags<V, false>(chunk, width);
+  switch (chunk.format) {
+    case RowFormat::kFp32:
+      return PoolFormat<V, RowFormat::kFp32>(chunk, width);
+    case RowFormat::kFp16:
+      return PoolFormat<V, RowFormat::kFp16>(chunk, width);
+    case RowFormat::kBf16:
+      return PoolFormat<V, RowFormat::kBf16>(chunk, width);
+    case RowFormat::kInt8:
+      return PoolFormat<V, RowFormat::kInt8>(chunk, width);
+    case RowFormat::kInt4:
+      return PoolFormat<V, RowFormat::kInt4>(chunk, width);
   }
 }
 

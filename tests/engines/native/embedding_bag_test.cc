@@ -12,115 +12,11 @@
 #include <string>
 #include <vector>
 
+#include "bag_case.h"
 #include "c_api/thread_runner.h"
-#include "guarded_buffer.h"
 
 namespace dlrm_deploy {
 namespace {
-
-struct BagCase {
-  std::string name;
-  int64_t width = 4;
-  int64_t total_rows = 0;
-  EmbeddingBagAttributes attributes;
-  std::vector<int64_t> indices;
-  std::vector<int64_t> offsets;  // empty: the fixed form
-  std::vector<float> per_sample_weights;
-  std::vector<float> weights;
-};
-
-// Bags of lengths[f][b], feature f in its own table of rows[f] rows.
-BagCase MakeCase(const std::string& name, const std::vector<std::vector<int64_t>>& lengths,
-                 const std::vector<int64_t>& rows, int64_t width, bool weighted = false,
-                 bool mean = false) {
-  std::mt19937 random(static_cast<unsigned>(width));
-  std::normal_distribution<float> normal;
-  BagCase c;
-  c.name = name + ", width " + std::to_string(width);
-  c.width = width;
-  c.attributes.num_features = static_cast<int64_t>(lengths.size());
-  c.offsets.push_back(0);
-  for (size_t f = 0; f < lengths.size(); ++f) {
-    c.attributes.features.push_back(static_cast<int64_t>(f));
-    c.attributes.row_starts.push_back(c.total_rows);
-    c.attributes.rows.push_back(rows[f]);
-    c.attributes.mean.push_back(mean);
-    c.total_rows += rows[f];
-    for (const int64_t length : lengths[f]) {
-      for (int64_t i = 0; i < length; ++i) {
-        c.indices.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(rows[f])));
-        if (weighted) c.per_sample_weights.push_back(normal(random));
-      }
-      c.offsets.push_back(static_cast<int64_t>(c.indices.size()));
-    }
-  }
-  c.weights.resize(static_cast<size_t>(c.total_rows * width));
-  for (float& w : c.weights) w = normal(random);
-  return c;
-}
-
-struct Result {
-  Error error;
-  std::vector<float> pooled;
-};
-
-template <typename Id>
-Result RunAs(const BagCase& c, const KernelPath& path, int threads) {
-  GuardedBuffer<float> weights(c.weights), per_sample_weights(c.per_sample_weights);
-  GuardedBuffer<Id> indices(std::vector<Id>(c.indices.begin(), c.indices.end()));
-  GuardedBuffer<Id> offsets(std::vector<Id>(c.offsets.begin(), c.offsets.end()));
-  EmbeddingBagInputs in;
-  in.weights = weights.data();
-  in.total_rows = c.total_rows;
-  in.width = c.width;
-  in.id_type = sizeof(Id) == 4 ? IdType::kInt32 : IdType::kInt64;
-  in.indices = indices.data();
-  in.num_indices = static_cast<int64_t>(c.indices.size());
-  in.has_offsets = !c.offsets.empty();
-  in.offsets = offsets.data();
-  in.num_offsets = static_cast<int64_t>(c.offsets.size());
-  in.has_per_sample_weights = !c.per_sample_weights.empty();
-  in.per_sample_weights = per_sample_weights.data();
-  in.num_per_sample_weights = static_cast<int64_t>(c.per_sample_weights.size());
-
-  Result result;
-  EmbeddingBag bag;
-  int64_t batch = 0;
-  result.error = EmbeddingBag::Create(c.attributes, &bag);
-  if (!result.error) result.error = bag.BatchSize(in, &batch);
-  if (result.error) return result;
-  GuardedBuffer<float> pooled(
-      std::vector<float>(static_cast<size_t>(batch * bag.slots() * c.width), -7.0f));
-  result.error = bag.Run(in, batch, path, ThreadRunner(threads), pooled.data());
-  result.pooled.assign(pooled.data(), pooled.data() + batch * bag.slots() * c.width);
-  return result;
-}
-
-// NaNs of all kinds compare equal; everything else by its bits.
-std::vector<uint32_t> Bits(const std::vector<float>& values) {
-  std::vector<uint32_t> bits(values.size());
-  for (size_t i = 0; i < values.size(); ++i) {
-    const float value = std::isnan(values[i]) ? std::numeric_limits<float>::quiet_NaN() : values[i];
-    std::memcpy(&bits[i], &value, sizeof value);
-  }
-  return bits;
-}
-
-const KernelPath& Scalar() { return AllKernelPaths().back(); }
-
-void ExpectAllPathsAgree(const BagCase& c) {
-  const Result expected = RunAs<int64_t>(c, Scalar(), 1);
-  ASSERT_FALSE(expected.error) << c.name << ": " << *expected.error;
-  for (const KernelPath& path : AllKernelPaths()) {
-    if (!path.supported()) continue;
-    for (const int threads : {1, 2}) {
-      const Result wide = RunAs<int64_t>(c, path, threads);
-      EXPECT_EQ(Bits(wide.pooled), Bits(expected.pooled)) << path.name << " on " << c.name;
-      const Result narrow = RunAs<int32_t>(c, path, threads);
-      EXPECT_EQ(Bits(narrow.pooled), Bits(expected.pooled)) << path.name << " int32 on " << c.name;
-    }
-  }
-}
 
 const std::vector<int64_t> kWidths = {1, 3, 15, 16, 17, 64, 100};
 
@@ -373,8 +269,7 @@ TEST(EmbeddingBag, RowsAreAddressedInSixtyFourBits) {
   ASSERT_FALSE(EmbeddingBag::Create(c.attributes, &bag));
   const std::vector<int64_t> ids = {0, far};
   EmbeddingBagInputs in;
-  in.weights = table;
-  in.total_rows = kRows;
+  in.matrix(RowFormat::kFp32) = {true, table, kRows};
   in.width = kWidth;
   in.indices = ids.data();
   in.num_indices = 2;

@@ -9,6 +9,7 @@ import numpy as np
 from awkward import BagCase
 
 import dlrm_deploy
+from dlrm_deploy.ops.contract import matrix_input
 
 I32, I64, P, S = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
 
@@ -23,6 +24,8 @@ class EmbeddingBagStruct(ctypes.Structure):
         ("row_starts", P), ("rows", P), ("mean", P), ("pooling_factors", P), ("index_policy", S),
         ("feature_names", S), ("pooled", P), ("pooled_floats", I64),
         ("ids", P), ("moduli", P), ("divisors", P), ("divisions", P),
+        ("formats", P), ("weights_fp16", P), ("rows_fp16", I64), ("weights_bf16", P), ("rows_bf16", I64),
+        ("weights_int8", P), ("rows_int8", I64), ("weights_int4", P), ("rows_int4", I64),
     ]  # fmt: skip
 
 
@@ -33,6 +36,54 @@ class DotInteractionStruct(ctypes.Structure):
         ("struct_size", ctypes.c_uint32), ("self_interaction", I32), ("dense", P), ("embeddings", P), ("batch", I64),
         ("num_slots", I64), ("width", I64), ("interactions", P), ("interactions_floats", I64),
     ]  # fmt: skip
+
+
+class BagInteractionStruct(ctypes.Structure):
+    """`dlrm_deploy_bag_interaction` of dlrm_deploy/ops.h."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_uint32), ("self_interaction", I32), ("bag", P), ("dense", P), ("batch", I64),
+        ("interactions", P), ("interactions_floats", I64),
+    ]  # fmt: skip
+
+
+class BagCall:
+    """A case as the C struct, with the arrays that it points to and its output `pooled`."""
+
+    def __init__(self, case: BagCase, feature_names: str | None = None) -> None:
+        attributes = dict(case.attributes)
+        factors = attributes.get("pooling_factors")
+        num_features = attributes["num_features"]
+        if case.offsets is not None:
+            self.batch = (len(case.offsets) - 1) // num_features
+        else:
+            self.batch = len(case.indices) // max(1, sum(factors))
+        self.slots, self.width = len(attributes["features"]), case.width
+        self.pooled = np.full((self.batch, self.slots, self.width), 7, np.float32)
+        self._kept = {
+            name: np.array(attributes[name], np.int64)
+            for name in (
+                "features", "row_starts", "rows", "ids", "moduli", "divisors", "divisions", "mean", "pooling_factors",
+                "formats",
+            )
+            if attributes.get(name) is not None
+        }  # fmt: skip
+        self._kept |= {matrix_input(format): np.ascontiguousarray(rows) for format, rows in case.matrices.items()}
+        self.struct = EmbeddingBagStruct(
+            struct_size=ctypes.sizeof(EmbeddingBagStruct), id_bytes=case.indices.itemsize, width=self.width,
+            indices=case.indices.ctypes.data, num_indices=len(case.indices), num_features=num_features,
+            num_slots=self.slots, index_policy=attributes.get("index_policy", "error").encode(),
+            pooled=self.pooled.ctypes.data, pooled_floats=self.pooled.size,
+            feature_names=feature_names.encode() if feature_names else None,
+            **{name: values.ctypes.data for name, values in self._kept.items()},
+        )  # fmt: skip
+        for format, matrix in case.matrices.items():
+            setattr(self.struct, "total_rows" if format == "fp32" else f"rows_{format}", len(matrix))
+        if case.offsets is not None:
+            self.struct.offsets, self.struct.num_offsets = case.offsets.ctypes.data, len(case.offsets)
+        if case.per_sample_weights is not None:
+            self.struct.per_sample_weights = case.per_sample_weights.ctypes.data
+            self.struct.num_per_sample_weights = len(case.per_sample_weights)
 
 
 class NativeError(Exception):
@@ -60,37 +111,33 @@ class Native:
         return result.value
 
     def embedding_bag(self, case: BagCase, path: str, *, threads: int = 1, feature_names: str | None = None) -> Any:
-        attributes = dict(case.attributes)
-        factors = attributes.get("pooling_factors")
-        num_features = attributes["num_features"]
-        if case.offsets is not None:
-            batch = (len(case.offsets) - 1) // num_features
-        else:
-            batch = len(case.indices) // max(1, sum(factors))
-        pooled = np.full((batch, len(attributes["features"]), case.weights.shape[1]), 7, np.float32)
-        lists = {
-            name: np.array(attributes[name], np.int64)
-            for name in (
-                "features", "row_starts", "rows", "ids", "moduli", "divisors", "divisions", "mean", "pooling_factors"
-            )
-            if attributes.get(name) is not None
-        }  # fmt: skip
-        weights = np.ascontiguousarray(case.weights)
-        struct = EmbeddingBagStruct(
-            struct_size=ctypes.sizeof(EmbeddingBagStruct), id_bytes=case.indices.itemsize, weights=weights.ctypes.data,
-            total_rows=weights.shape[0], width=weights.shape[1], indices=case.indices.ctypes.data,
-            num_indices=len(case.indices), num_features=num_features, num_slots=len(attributes["features"]),
-            index_policy=attributes.get("index_policy", "error").encode(), pooled=pooled.ctypes.data,
-            pooled_floats=pooled.size, feature_names=feature_names.encode() if feature_names else None,
-            **{name: values.ctypes.data for name, values in lists.items()},
+        call = BagCall(case, feature_names)
+        self.call("run_embedding_bag", ctypes.byref(call.struct), path.encode(), threads)
+        return call.pooled
+
+    def bag_interaction(
+        self,
+        case: BagCase,
+        dense: np.ndarray,
+        path: str,
+        *,
+        self_interaction: bool = False,
+        pooled: bool = True,
+        threads: int = 1,
+    ) -> tuple[Any, Any]:
+        """Interactions, and the pooled bags or None."""
+        call = BagCall(case)
+        vectors = call.slots + 1
+        pairs = vectors * (vectors + (1 if self_interaction else -1)) // 2
+        out = np.full((call.batch, call.width + pairs), 7, np.float32)
+        if not pooled:
+            call.struct.pooled, call.struct.pooled_floats = None, 0
+        struct = BagInteractionStruct(
+            ctypes.sizeof(BagInteractionStruct), int(self_interaction), ctypes.addressof(call.struct),
+            dense.ctypes.data, len(dense), out.ctypes.data, out.size,
         )  # fmt: skip
-        if case.offsets is not None:
-            struct.offsets, struct.num_offsets = case.offsets.ctypes.data, len(case.offsets)
-        if case.per_sample_weights is not None:
-            struct.per_sample_weights = case.per_sample_weights.ctypes.data
-            struct.num_per_sample_weights = len(case.per_sample_weights)
-        self.call("run_embedding_bag", ctypes.byref(struct), path.encode(), threads)
-        return pooled
+        self.call("run_bag_interaction", ctypes.byref(struct), path.encode(), threads)
+        return out, call.pooled if pooled else None
 
     def dot_interaction(
         self, dense: np.ndarray, embeddings: np.ndarray, path: str, *, self_interaction: bool = False, threads: int = 1

@@ -8,65 +8,13 @@ import sys
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 from awkward import BagCase, awkward_bags, computed_bags, csr_case, fixed_case
-from onnx import TensorProto, helper
+from one_node import DOMAIN, bag_attributes, bag_inputs, feed, one_node_model, session
+from onnx import helper
 
-import dlrm_deploy
 from dlrm_deploy.ops.reference import dot_interaction
-
-DOMAIN = "dlrm_deploy"
-TYPES = {"int32": TensorProto.INT32, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
-
-
-def one_node_model(
-    operator: str, inputs: dict[str, np.ndarray | None], attributes: dict[str, Any], functions: list[Any] | None = None
-) -> onnx.ModelProto:
-    """A model of one node whose dimensions are all dynamic; an input that is None is left out."""
-    names = [name if value is not None else "" for name, value in inputs.items()]
-    while names and not names[-1]:
-        names.pop()
-    graph = helper.make_graph(
-        [helper.make_node(operator, names, ["output"], domain=DOMAIN, **attributes)],
-        "one_node",
-        [
-            helper.make_tensor_value_info(
-                name, TYPES[value.dtype.name], [f"{name}_{axis}" for axis in range(value.ndim)]
-            )
-            for name, value in inputs.items()
-            if value is not None
-        ],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)],
-    )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions or [])
-
-
-def session(model: onnx.ModelProto, threads: int = 2) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors come as exceptions; none needs printing twice
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(dlrm_deploy.get_library_path())
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def bag_inputs(case: BagCase) -> dict[str, np.ndarray | None]:
-    return {
-        "weights": case.weights,
-        "indices": case.indices,
-        "offsets": case.offsets,
-        "per_sample_weights": case.per_sample_weights,
-    }
-
-
-def bag_attributes(case: BagCase, **more: Any) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in case.attributes.items()} | more
-
-
-def feed(inputs: dict[str, np.ndarray | None]) -> dict[str, np.ndarray]:
-    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def run_bag(case: BagCase, **attributes: Any) -> np.ndarray:

@@ -5,7 +5,17 @@ import dataclasses
 
 import numpy as np
 import pytest
-from awkward import BagCase, awkward_bags, computed_bags, csr_case, fixed_case, out_of_range_bags
+from awkward import (
+    MIXES,
+    BagCase,
+    awkward_bags,
+    computed_bags,
+    csr_case,
+    fixed_case,
+    out_of_range_bags,
+    stored_bags,
+    stored_case,
+)
 from native_calls import NativeError
 
 from dlrm_deploy.errors import BatchError
@@ -27,6 +37,34 @@ def same_bits(a, b):
 @pytest.mark.parametrize("case", awkward_bags(), ids=lambda case: case.name)
 def test_every_path_pools_awkward_bags_bit_for_bit_like_the_reference(native, path, case):
     assert same_bits(native.embedding_bag(case, path), case.expected())
+
+
+@pytest.mark.parametrize("case", stored_bags(), ids=lambda case: case.name)
+def test_every_path_pools_stored_rows_bit_for_bit_like_the_reference(native, path, case):
+    assert same_bits(native.embedding_bag(case, path, threads=2), case.expected())
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("width", [1, 7, 16, 64])
+def test_the_fused_operator_is_the_bags_and_the_interaction_bit_for_bit(native, path, mix, width):
+    lengths = np.random.default_rng(width).integers(0, 9, (6, 100)).tolist()
+    rows = (50, 1, 60, 2, 70, 30)
+    case = stored_case(csr_case("fused", lengths, rows=rows, width=width), [mix[t % len(mix)] for t in range(6)])
+    dense = np.random.default_rng(1).standard_normal((100, width)).astype(np.float32)
+    for self_interaction in (False, True):
+        expected = native.dot_interaction(dense, case.expected(), path, self_interaction=self_interaction)
+        for threads, wanted in ((1, True), (2, False)):
+            seen, pooled = native.bag_interaction(
+                case, dense, path, self_interaction=self_interaction, pooled=wanted, threads=threads
+            )
+            assert same_bits(seen, expected)
+            assert not wanted or same_bits(pooled, case.expected())
+
+
+def test_the_fused_operator_refuses_dense_vectors_of_another_batch(native):
+    case = csr_case("case", [[1, 2]], rows=(5,))
+    with pytest.raises(NativeError, match="dense has 3 samples, expected that of the bags, 2"):
+        native.bag_interaction(case, np.ones((3, 4), np.float32), "scalar")
 
 
 @pytest.mark.parametrize("policy", ["clamp", "modulo", "zero"])
@@ -154,6 +192,8 @@ def test_ids_of_features_that_no_slot_pools_are_not_looked_at(native, path):
         ({"attributes": {"moduli": (-1,)}}, "attribute moduli of slot 0 is -1, expected at least 0"),
         ({"attributes": {"divisors": (0,)}}, "attribute divisors of slot 0 is 0, expected at least 1"),
         ({"attributes": {"divisions": (3,)}}, "attribute divisions of slot 0 is 3, expected 0, 1 or 2"),
+        ({"attributes": {"formats": (5,), "width": 4}}, "attribute formats of slot 0 is 5, expected 0 to 4"),
+        ({"attributes": {"formats": (4,), "width": 4}}, r"reads rows \[0, 5\), but weights_int4 is missing"),
         ({"attributes": {"index_policy": "wrap"}}, 'index_policy is "wrap", expected error, clamp, modulo or zero'),
         ({"attributes": {"pooling_factors": (1,)}}, "both pooling_factors and offsets"),
         ({"attributes": {"pooling_factors": (2**62,)}, "offsets": None}, "expected a multiple of the sum"),

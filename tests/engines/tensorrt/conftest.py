@@ -14,6 +14,7 @@ from plan_models import small_model
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.tensorrt import cuda, library
 from dlrm_deploy.export.bundle import export_bundle
+from dlrm_deploy.export.convert import convert_bundle
 from dlrm_deploy.export.sources import RandomSource
 
 
@@ -39,6 +40,16 @@ def make_bundle(exported, tmp_path):
     def make(name="bundle", **options) -> Bundle:
         shutil.copytree(exported(**options), tmp_path / name)
         return Bundle.open(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def make_converted(make_bundle, tmp_path):
+    """A converted bundle of the test's own, of `small_model(**options)`."""
+
+    def make(tables: str, mlp: str, **options) -> Bundle:
+        return convert_bundle(make_bundle("fp32", **options), tmp_path / "converted", tables=tables, mlp=mlp)
 
     return make
 

@@ -75,6 +75,54 @@ def test_rtx_builds_every_kind_of_table_and_interaction(kind, tmp_path):
 
 
 @needs_rtx
+@pytest.mark.parametrize(
+    ("kind", "mlp", "tables", "options", "dtype"),
+    [
+        ("int8", "bf16", "input", {}, "int8"),
+        ("int8", "fp32", "constant", {"factors": (3, 1, 2, 3), "weighted": True}, None),
+        ("int4", "bf16", "constant", {"widths": (8, 6, 8), "interaction": "concat"}, None),
+        ("int4", "fp32", "input", {"factors": (1, 1, 1, 1)}, "int8"),
+        ("bf16", "fp32", "input", {"pooling": "mean"}, "bfloat16"),
+        ("fp16", "bf16", "auto", {"self_interaction": True}, None),
+    ],
+)
+def test_rtx_builds_plans_of_stored_rows_in_the_precision_of_the_bundle(
+    make_converted, kind, mlp, tables, options, dtype
+):
+    bundle = make_converted(kind, mlp, **options)
+    sidecar = build_plan(bundle, "tensorrt-rtx", max_batch=64, tables=tables).sidecar
+    assert sidecar.precision == mlp
+    assert sidecar.graph.rows == 64
+    # From the PyTorch model of the very numbers that are stored; a plan's interaction is in the MLPs' precision too.
+    assert 0 <= sidecar.graph.max_abs <= {"fp32": 1e-6, "bf16": 0.1}[mlp]
+    inputs = [(t.dtype, t.rows, t.width, t.sha256) for t in sidecar.table_inputs]
+    records = bundle.manifest.table_groups
+    assert inputs == [(dtype, r.rows, r.width, bundle.manifest.files[r.file].sha256) for r in records if dtype]
+    for record in records if dtype else ():
+        name = f"tables_{record.name}_{record.format}"
+        assert sum(name in layer.reads for layer in sidecar.layers) == 1  # lookups, decoding and sums are one kernel
+        (tensor,) = (tensor for tensor in sidecar.tensors if tensor.name == name)
+        assert (tensor.role, tensor.dtype) == ("table", dtype)
+
+
+@needs_rtx
+def test_a_precision_that_is_asked_for_is_taken_whatever_the_bundles(make_converted):
+    bundle = make_converted("int8", "bf16")
+    assert build_plan(bundle, "tensorrt-rtx", precision="fp32", max_batch=8).sidecar.precision == "fp32"
+
+
+def test_the_bytes_that_are_stored_decide_whether_tables_become_inputs(
+    make_converted, fake_tensorrt, fake_driver, monkeypatch
+):
+    bundle = make_converted("int8", "fp32")
+    stored = sum(layout.bytes for layout in bundle.manifest.layouts)
+    assert stored < bundle.config.table_bytes
+    for limit, tables in ((stored, 0), (stored - 1, 1)):
+        monkeypatch.setattr(build_module, "CONSTANT_TABLE_BYTES", limit)
+        assert len(build_plan(bundle, "tensorrt").sidecar.table_inputs) == tables
+
+
+@needs_rtx
 def test_building_twice_gives_the_same_layers_and_the_same_sidecar_but_for_the_hash(make_bundle):
     first = build_plan(make_bundle("one"), "tensorrt-rtx", precision="fp16").sidecar
     second = build_plan(make_bundle("two"), "tensorrt-rtx", precision="fp16").sidecar

@@ -82,6 +82,16 @@ typedef struct dlrm_deploy_embedding_bag {
   const int64_t* moduli;          /* [T], or NULL: 0 */
   const int64_t* divisors;        /* [T], or NULL: 1 */
   const int64_t* divisions;       /* [T], or NULL: 0 */
+  /* Tables in other formats. A slot's row_starts count rows of its format's matrix. */
+  const int64_t* formats;   /* [T]: 0 fp32, 1 fp16, 2 bf16, 3 int8, 4 int4; or NULL: 0 */
+  const void* weights_fp16; /* [rows_fp16, width] float16 */
+  int64_t rows_fp16;
+  const void* weights_bf16; /* [rows_bf16, width] bfloat16 */
+  int64_t rows_bf16;
+  const void* weights_int8; /* [rows_int8, width + 4] bytes: codes, scale, bias */
+  int64_t rows_int8;
+  const void* weights_int4; /* [rows_int4, (width + 1) / 2 + 4] bytes */
+  int64_t rows_int4;
 } dlrm_deploy_embedding_bag;
 
 /* Runs it once on `threads` threads. `path` names a kernel path; NULL is the one in use. */
@@ -103,6 +113,20 @@ typedef struct dlrm_deploy_dot_interaction {
 
 DLRM_DEPLOY_API dlrm_deploy_status dlrm_deploy_run_dot_interaction(
     const dlrm_deploy_dot_interaction* interaction, const char* path, int32_t threads);
+
+/* EmbeddingBagDotInteraction. */
+typedef struct dlrm_deploy_bag_interaction {
+  uint32_t struct_size;                 /* sizeof(dlrm_deploy_bag_interaction) */
+  int32_t self_interaction;             /* 0 or 1 */
+  const dlrm_deploy_embedding_bag* bag; /* its `pooled` may be NULL: then it is not written */
+  const float* dense;                   /* [batch, bag->width] */
+  int64_t batch;                        /* samples in `dense`, as many as the bags have */
+  float* interactions;                  /* output [batch, width + P] */
+  int64_t interactions_floats;          /* size of the buffer `interactions` */
+} dlrm_deploy_bag_interaction;
+
+DLRM_DEPLOY_API dlrm_deploy_status dlrm_deploy_run_bag_interaction(
+    const dlrm_deploy_bag_interaction* interaction, const char* path, int32_t threads);
 
 /* Calibration: what this machine can do at the moment, to be stated beside every measurement. Each
  * takes about `duration_ms` milliseconds plus filling its buffer, and writes one number to

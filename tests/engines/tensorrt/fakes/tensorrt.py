@@ -16,6 +16,14 @@ import onnxruntime as ort
 __version__ = "11.4.0.106"
 _MODE = os.environ.get("FAKE_TENSORRT", "")
 _MAGIC = b"fake plan\n"
+_NAMES = {1: "FLOAT", 3: "INT8", 6: "INT32", 10: "HALF", 16: "BF16"}
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": np.uint16,  # NumPy has none
+}
 _Type = namedtuple("_Type", "name")
 _Severity = namedtuple("_Severity", "name")
 _Tensor = namedtuple("_Tensor", "name dtype shape")
@@ -44,7 +52,7 @@ class _Network:
     @staticmethod
     def _tensor(value):
         kind = value.type.tensor_type
-        name = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.INT32: "INT32"}[kind.elem_type]
+        name = _NAMES[kind.elem_type]
         if _MODE == "wrong_type" and name == "INT32":
             name = "INT64"
         return _Tensor(value.name, _Type(name), tuple(-1 if d.dim_param else d.dim_value for d in kind.shape.dim))
@@ -151,8 +159,7 @@ class _Context:
     def __init__(self, engine):
         self.engine = engine
         self.session = ort.InferenceSession(engine.model, providers=["CPUExecutionProvider"])
-        dtypes = {"tensor(float)": np.float32, "tensor(int32)": np.int32}
-        self.inputs = {i.name: (i.shape, dtypes[i.type]) for i in self.session.get_inputs()}
+        self.inputs = {i.name: (i.shape, _DTYPES[i.type]) for i in self.session.get_inputs()}
         self.shapes, self.addresses = {}, {}
 
     def set_input_shape(self, name, shape):
@@ -175,9 +182,11 @@ class _Context:
         assert stream
         feed = {}
         for name, (_, dtype) in self.inputs.items():
-            size = int(np.prod(self.shapes[name])) * 4
+            size = int(np.prod(self.shapes[name])) * np.dtype(dtype).itemsize
             data = ctypes.string_at(self.addresses[name], size)
             feed[name] = np.frombuffer(data, dtype).reshape(self.shapes[name])
+            if dtype == np.uint16:
+                feed[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(feed[name], onnx.TensorProto.BFLOAT16)
         (result,) = self.session.run(None, feed)
         ctypes.memmove(self.addresses["probabilities"], result.ctypes.data, result.nbytes)
         return True

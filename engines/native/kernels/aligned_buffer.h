@@ -1,0 +1,36 @@
+// aligned_buffer.h: scratch memory for a thread.
+#ifndef DLRM_DEPLOY_KERNELS_ALIGNED_BUFFER_H_
+#define DLRM_DEPLOY_KERNELS_ALIGNED_BUFFER_H_
+
+#include <cstddef>
+#include <memory>
+#include <new>
+
+namespace dlrm_deploy {
+
+// Memory on cache lines that grows and never shrinks; its content does not outlive a growth.
+class AlignedBuffer {
+ public:
+  // At least `bytes`, or null when memory runs out. Does not throw.
+  void* Reserve(size_t bytes) noexcept {
+    if (bytes > bytes_) {
+      memory_.reset();
+      bytes_ = 0;
+      memory_.reset(::operator new(bytes, kAlignment, std::nothrow));
+      if (memory_ != nullptr) bytes_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  std::unique_ptr<void, Delete> memory_;
+  size_t bytes_ = 0;
+};
+
+}  // namespace dlrm_deploy
+
+#endif  // DLRM_DEPLOY_KERNELS_ALIGNED_BUFFER_H_
