@@ -21,7 +21,7 @@ FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 IN_ADDRESS_SANITIZER = DLRM_DEPLOY_LIBRARY=$(CURDIR)/build/address/libdlrm_deploy_ops.so ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(foreach library,asan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))"
 
-.PHONY: demo test models-table bench-report setup build lint format sanitize sanitize-address sanitize-thread test-native clean
+.PHONY: demo test models-table precision-table bench-report setup build lint format sanitize sanitize-address sanitize-thread test-native clean
 
 demo: $(VENV)/ready ## the whole road on MovieLens-100K, into $(OUT)/
 	$(BIN)/dlrm-deploy demo --out $(OUT)
@@ -31,6 +31,9 @@ test: $(VENV)/ready ## every test, with coverage of at least 90 %
 
 models-table: $(VENV)/ready ## the comparison in docs/models.md: every MovieLens recipe with SEEDS seeds, runs kept in $(RUNS)/
 	$(BIN)/python -m dlrm_deploy.models_table --runs $(RUNS) --seeds $(SEEDS) --jobs 2 --write docs/models.md
+
+precision-table: $(VENV)/ready ## the table in docs/precision.md: two recipes with SEEDS seeds in every number format, runs kept in $(RUNS)/
+	$(BIN)/python -m dlrm_deploy.precision_table --runs $(RUNS) --seeds $(SEEDS) --jobs 2 --write docs/precision.md
 
 bench-report: $(VENV)/ready ## the goals of docs/performance.md with every peer, rows and HTML report in $(REPORT)/ (25 minutes)
 	$(BIN)/python -m dlrm_deploy.bench.suite --out $(REPORT) --demo $(OUT)/bundle --write docs/performance.md

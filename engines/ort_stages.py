@@ -37,9 +37,6 @@ def stage_graph(bundle: Bundle, tensors: Sequence[str]) -> tuple[list[str], byte
     for body in model.functions:
         if body.name == _FUSED and len(body.output) == 1:
             body.output.append("pooled")
-    for body in model.functions:
-        if body.name == _FUSED and len(body.output) == 1:
-            body.output.append("pooled")
     inner = {name for node in model.graph.node for name in node.output}
     names = [name for name in tensors if name in inner]
     # Nodes behind them go: ONNX Runtime would compute those too, and they may fail.

@@ -49,6 +49,15 @@ _in_use: WeakValueDictionary[_Key, TableMemory] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
+def _renew_lock() -> None:
+    """In the child of a fork, the thread that held the lock is not there to let go of it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def open_table_memory(path: Path, *, huge_pages: bool = False) -> TableMemory:
     """The bytes of a file, shared with everybody in this process who holds them already.
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dlrm_deploy.bundle import MANIFEST, MIXED, REFERENCE, Bundle, Golden, MlpPrecision, TableGroupRecord
 from dlrm_deploy.checksums import RowChecksums
-from dlrm_deploy.errors import ConfigError
+from dlrm_deploy.errors import ConfigError, OutputError
 from dlrm_deploy.export.bundle import Checksums, Progress, check_room, write_rest
 from dlrm_deploy.export.formats_choice import TABLES, ErrorSum, PartRows, TableChoice, TableError, Tables, choose
 from dlrm_deploy.files import atomic_folder
@@ -55,9 +55,13 @@ def convert_bundle(
     Raises:
         ConfigError: `fp32` is a converted bundle, or nothing is to be converted.
         FormatError: a row cannot be stored in the format asked for; the message names table, row and value.
-        OutputError: `out` exists or cannot be written; nothing is left there.
+        OutputError: `out` exists, is `fp32` itself, or cannot be written; nothing is left there.
     """
     _check_asked(fp32, tables, mlp)
+    if fp32.path.resolve().is_relative_to(out.resolve()):
+        raise OutputError(
+            f"{out} holds the fp32 bundle, which would be lost: no conversion leads back. Choose another --out."
+        )
     config = fp32.config
     rows = {
         part.name: PartRows(part, fp32.path / record.file, start)

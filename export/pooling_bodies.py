@@ -349,21 +349,21 @@ def pool_fixed(
             select[1] = _feature_ids(n, weights, batch, a, factors, slots, starts, factor)
         ids_TBL = n.op("Reshape", select[0], shape, allowzero=1)
         row_TBL, bad_TBL = policy_rows(n, ids_TBL, a, slots, column, totals[format], dtype)
-        last = n.constant([3 if factor > 1 else 2])
+        last = n.constant([2 if factor == 1 else 3])
         if factor == 1:  # one id a bag: no reduction
             row_TBL = n.op("Squeeze", row_TBL, n.constant([2]))
             bad_TBL = n.op("Squeeze", bad_TBL, n.constant([2])) if bad_TBL else None
         gathered = _values(n, a, format, n.op("Gather", tables[format], row_TBL), decode)
         if a.weighted:
             weights_TBL = n.op("Reshape", select[1], shape, allowzero=1)
-            if factor > 1:
+            if factor != 1:
                 weights_TBL = n.op("Unsqueeze", weights_TBL, last)
             gathered = n.op("Mul", weights_TBL, gathered)
         if bad_TBL:
             gathered = n.op("Where", n.op("Unsqueeze", bad_TBL, last), n.constant(0.0, np.float32), gathered)
-        if factor > 1:
+        if factor != 1:  # 0, too: the sum of nothing
             gathered = n.op("ReduceSum", gathered, n.constant([2]), keepdims=0)
-            divisors = np.array([factor if a.mean[t] else 1 for t in slots], np.float32)
+            divisors = np.array([max(factor, 1) if a.mean[t] else 1 for t in slots], np.float32)
             if any(divisors != 1):
                 gathered = n.op("Div", gathered, n.constant(divisors[:, None, None], np.float32))
         pooled.append(gathered)

@@ -118,6 +118,9 @@ def awkward_bags() -> list[BagCase]:
         fixed_case("fixed_mixed", [2, 1, 3], 4, mean=(1, 1, 0)),
         fixed_case("fixed_mixed_weighted", [2, 1, 2], 4, weighted=True),
         fixed_case("fixed_one_id_weighted", [1, 1, 1], 4, weighted=True),
+        fixed_case("fixed_no_ids", [2, 0, 1], 3, mean=(0, 1, 0)),
+        fixed_case("fixed_no_ids_weighted", [0, 2, 1], 3, weighted=True),
+        fixed_case("fixed_no_ids_zero_samples", [2, 0, 1], 0),
         fixed_case("fixed_some_features", [2, 1, 2], 3, rows=(7, 3), features=(2, 1)),
     ]
 

@@ -227,13 +227,15 @@ class PlantedData:
     seed: int = 0
     """Of teacher and samples."""
 
-    scale_rows: float = 0.001
+    scale_rows: float = 0.0003
     """Multiply the numbers of ids of Criteo's Kaggle data."""
 
     def __post_init__(self) -> None:
         _check_count("[data] size", self.size)
         _check_count("[data] seed", self.seed, least=0)
         _check_number("[data] scale_rows", self.scale_rows, positive=True)
+        if self.scale_rows > planted.MOST_SCALE:
+            raise ConfigError(f"[data] scale_rows must be at most {planted.MOST_SCALE:g}, got {self.scale_rows}.")
 
     def load(self, model: ModelRecipe) -> tuple[ModelConfig, Splits]:
         if not model.layers():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 from dlrm_deploy.bench.gather import GatherRows, calibrate_gather_rows
 from dlrm_deploy.engines import library
@@ -61,7 +62,7 @@ def measure_calibration(threads: int, rows: Sequence[GatherRows]) -> Calibration
     )
 
 
-def _amx(kind: str, threads: int) -> float | None:
+def _amx(kind: Literal["bf16", "int8"], threads: int) -> float | None:
     try:
         return library.calibrate_amx(kind, threads, MILLISECONDS)
     except EngineError:

@@ -52,6 +52,7 @@ class IsolatedSubject:
         self._pipe, far_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(job, far_end), daemon=True)
         self._process.start()
+        self.process = self._process.pid
         far_end.close()
         try:
             self.facts: Facts = self._answer()

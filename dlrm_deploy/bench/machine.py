@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import dlrm_deploy
@@ -48,8 +49,10 @@ def source_commit(source: Path = Path(dlrm_deploy.__file__)) -> str | None:
 class LoadMeter:
     """Measures how much of the machine other processes use, from its making on. Linux only."""
 
-    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+    def __init__(self, stat: Path = Path("/proc/stat"), processes: Sequence[int] = ()) -> None:
+        """Begin to measure; `processes` are ids of processes that count as this one, and live until the end."""
         self._stat = stat
+        self._processes = processes
         self._began = self._now()
 
     def others(self) -> float | None:
@@ -69,4 +72,15 @@ class LoadMeter:
         ticks = [int(word) for word in first[1:9]]  # user nice system idle iowait irq softirq steal
         per_second = os.sysconf("SC_CLK_TCK")
         idle = ticks[3] + ticks[4]
-        return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, time.process_time()
+        own = time.process_time() + sum(_process_seconds(process) for process in self._processes)
+        return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, own
+
+
+def _process_seconds(process: int) -> float:
+    """Seconds of all cores that a process has used; 0 for one that has gone."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    user, system = int(fields[11]), int(fields[12])  # proc(5): fields 14 and 15, the second of which is the name
+    return (user + system) / os.sysconf("SC_CLK_TCK")

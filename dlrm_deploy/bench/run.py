@@ -210,7 +210,8 @@ class _Run:
             self._progress(f"batch {size}, round {round_number + 1} of {settings.rounds}")
             self.limits.measure()
 
-        load = LoadMeter()
+        ours = [subject.process for subject in self.subjects.values() if subject.process is not None]
+        load = LoadMeter(processes=ours)
         rounds = interleave(
             {label: self.subjects[label].slice for label in agreements},
             rounds=settings.rounds,

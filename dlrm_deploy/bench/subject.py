@@ -61,6 +61,10 @@ class Subject(Protocol):
     @property
     def facts(self) -> Facts: ...
 
+    @property
+    def process(self) -> int | None:
+        """Id of its process, where that is not this one."""
+
     def prepare(self, batch_size: int, start: float) -> None:
         """Compile for a batch size, where that is done, and get ready for its slices (`Slicer`'s `start`)."""
 
@@ -79,6 +83,8 @@ class Subject(Protocol):
 
 class LocalSubject:
     """A subject in this process."""
+
+    process = None
 
     def __init__(self, engine: Engine, facts: Facts, inputs: Inputs, slice_ms: float) -> None:
         self._engine = engine

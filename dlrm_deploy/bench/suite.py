@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import click
@@ -203,7 +202,11 @@ def main(
     write: Path | None,
 ) -> None:
     """Measure the models of the goals with every peer that is installed, and write the report."""
-    say = partial(click.echo, err=True)
+    began = time.monotonic()
+
+    def say(step: str) -> None:
+        click.echo(f"{time.monotonic() - began:5.0f} s  {step}", err=True)
+
     try:
         models = [model for model in MODELS if not names or model.preset in names]
         measure_all(folder, models, rounds=rounds, threads=threads, scale_rows=scale_rows, keep=keep, say=say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.registry import ENGINE_NAMES, open_engine
 from dlrm_deploy.errors import DlrmDeployError
 from dlrm_deploy.formats import row_bytes
+
+_PIPE_WIDTH = 200
 
 
 @click.command()
@@ -104,6 +107,8 @@ def _print(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = max(console.width, _PIPE_WIDTH)  # a file or a pipe has no edge to cut names at
     model = facts["model"]
 
     def line(label: str, value: object) -> None:
@@ -166,7 +171,10 @@ def _print(facts: dict[str, Any]) -> None:
             line("", f"not passed: {', '.join(failed)}")
         if "version" in record:
             line("", f"{record['version']} against {record.get('reference')}")
-    _print_accuracy(facts["accuracy"], line)
+    try:
+        _print_accuracy(facts["accuracy"], line)
+    except (AttributeError, KeyError, TypeError, ValueError):  # the manifest was altered by hand
+        line("against fp32", "the record of the conversion is damaged")
     if not facts["parity"]:
         line("parity", f"not checked yet: dlrm-deploy check {facts['bundle']}")
     for problem in facts["altered"]:

@@ -1,15 +1,17 @@
 """A made-up task of the shape of Criteo's, whose best possible AUC is known: what a model misses of it is its own.
 
-13 counts and 26 ids with the numbers of values of Criteo's Kaggle data set; the ids of each feature follow a power law, and
-features know nothing of each other. A teacher says how likely each sample is a click: sigmoid(s), where s adds up
+13 counts and 26 ids, with as many values as in Criteo's Kaggle data, scaled. The ids of each feature follow a power
+law, and no feature tells anything about another. A teacher says how likely each sample is a click: sigmoid(s), where s
+adds up
 
 - a slope and a curvature of each standardised dense value,
 - an effect of each id,
-- for some pairs of features a product of two vectors of `RANK` values, one an id's of the first feature, one an id's of the
-  second. Centred, so that one id alone tells nothing about it: no model that adds up effects of single values finds this part.
+- for some pairs of features a product of two vectors of `RANK` values, one for each id. It is centred, so that one id
+  alone tells nothing about it: a model that adds up effects of single values misses this part.
 
-The parts have fixed shares of the variance of s. Samples are numbered in time, and each is a hash of seed and number, as in
-`dlrm_deploy.data.random`: training, validation and test samples follow each other. The task does not change with time.
+The parts have fixed shares of the variance of s. Samples are numbered in time, and each is a hash of seed and number,
+as in `dlrm_deploy.data.random`: training, validation and test samples follow each other. The task itself does not
+change with time.
 """
 
 from __future__ import annotations
@@ -31,17 +33,20 @@ RANK = 2
 CLICKS = 0.256
 """Share of label 1, that of Criteo's data."""
 
-LEAST_ROWS = 1000
+LEAST_ROWS = 100
 """Tables are not made smaller than this; those that have fewer rows keep them."""
 
 EXPONENT = 1.5
 """Of the power law: the k-th most popular id has probability proportional to k^-1.5."""
 
-_DEVIATION = 1.45  # of s: the best possible AUC is then about 0.805
+MOST_SCALE = 100.0
+"""Of the numbers of ids: 100 times Criteo's are a thousand million."""
+
+_DEVIATION = 1.45  # of s: the best possible AUC is then about 0.81
 _SHARES = {"dense": 0.25, "ids": 0.35, "pairs": 0.4}  # of the variance of s
 _PAIRED = (2, 3, 11, 15, 20, 10, 23, 9)  # features with many ids; each is paired with the next
 _CURVATURE = 0.5  # of a dense value, over its slope
-_SCALING_SAMPLES = 1 << 15
+_SCALING_SAMPLES = 1 << 14
 _SLICE = 1 << 15
 
 # What a number is for: the first word of every hash.
@@ -59,7 +64,7 @@ class Ceiling:
 class PlantedTask:
     """The endless sequence of samples of one seed, and their teacher."""
 
-    def __init__(self, seed: int = 0, scale_rows: float = 0.001) -> None:
+    def __init__(self, seed: int = 0, scale_rows: float = 0.0003) -> None:
         """Draw the teacher.
 
         Args:
@@ -67,12 +72,12 @@ class PlantedTask:
             scale_rows: multiplies the numbers of ids of Criteo's Kaggle data, down to `LEAST_ROWS`.
 
         Raises:
-            DataError: a negative seed, or a scale that is no number above 0.
+            DataError: a negative seed, or a scale that is not in (0, `MOST_SCALE`].
         """
-        if seed < 0 or not (math.isfinite(scale_rows) and scale_rows > 0):
+        if seed < 0 or not 0 < scale_rows <= MOST_SCALE:
             raise DataError(
-                f"a planted task needs a seed of at least 0 and scale_rows above 0, got seed {seed} and scale_rows "
-                f"{scale_rows}."
+                f"a planted task needs a seed of at least 0, and scale_rows above 0 and at most {MOST_SCALE:g}, got "
+                f"seed {seed} and scale_rows {scale_rows}."
             )
         kaggle = preset("kaggle")
         self._seed = seed
@@ -84,7 +89,7 @@ class PlantedTask:
             for feature, rows in zip(kaggle.features, kaggle.feature_rows, strict=True)
         )
         self._pairs = list(zip(_PAIRED[::2], _PAIRED[1::2], strict=True))
-        self._scale()
+        self._fit_scales()
 
     @property
     def schema(self) -> Schema:
@@ -121,15 +126,17 @@ class PlantedTask:
             ids: [26, B].
             pairs: False leaves the products of pairs out: about what the best sum of single effects would say.
         """
-        parts = self._parts(dense, ids)
-        scores = self._intercept + sum(
-            self._factors[name] * (part - self._means[name]) for name, part in parts.items() if pairs or name != "pairs"
-        )
-        return _sigmoid(np.asarray(scores))
+        return _sigmoid(self._intercept + self._scores(dense, ids, pairs))
 
     def labels(self, samples: LongArray, probabilities: DoubleArray) -> FloatArray:
         """[B] float32 in {0, 1}."""
         return (uniform(self._seed, _LABEL, samples) < probabilities).astype(np.float32)
+
+    def _scores(self, dense: FloatArray, ids: LongArray, pairs: bool) -> DoubleArray:
+        """s without the intercept, [B]: 0 on average."""
+        parts = self._parts(dense, ids)
+        names = [name for name in _SHARES if pairs or name != "pairs"]
+        return np.asarray(sum(self._factors[name] * (parts[name] - self._means[name]) for name in names))
 
     def _parts(self, dense: FloatArray, ids: LongArray) -> dict[str, DoubleArray]:
         """What is added up, not scaled yet, each [B]."""
@@ -149,7 +156,7 @@ class PlantedTask:
         drawn = uniform(self._seed, _PAIR_VECTOR, feature, ids[:, None], np.arange(RANK))
         return drawn - self._vector_means[feature]
 
-    def _scale(self) -> None:
+    def _fit_scales(self) -> None:
         """Centre and scale the teacher's parts, on samples that belong to no data set."""
         dense, ids = self.draw(np.arange(-_SCALING_SAMPLES, 0))
         self._dense_mean, self._dense_deviation = dense.mean(axis=0), dense.std(axis=0)
@@ -157,14 +164,10 @@ class PlantedTask:
         self._vector_means = {f: self._vectors(f, ids[f]).mean(axis=0) for f in _PAIRED}
         parts = self._parts(dense, ids)
         self._means = {name: float(part.mean()) for name, part in parts.items()}
-        self._factors = {name: _DEVIATION * math.sqrt(_SHARES[name]) / float(part.std()) for name, part in parts.items()}
-        low, high = -10.0, 10.0
-        for _ in range(50):
-            self._intercept = (low + high) / 2
-            if self.probabilities(dense, ids).mean() < CLICKS:
-                low = self._intercept
-            else:
-                high = self._intercept
+        self._factors = {
+            name: _DEVIATION * math.sqrt(_SHARES[name]) / float(part.std()) for name, part in parts.items()
+        }
+        self._intercept = _intercept(self._scores(dense, ids, pairs=True))
 
 
 class PlantedDataset:
@@ -201,7 +204,7 @@ class PlantedDataset:
         return Ceiling(auc(seen, probabilities), log_loss(seen, probabilities))
 
 
-def load(size: int, seed: int = 0, *, scale_rows: float = 0.001) -> tuple[Schema, Splits]:
+def load(size: int, seed: int = 0, *, scale_rows: float = 0.0003) -> tuple[Schema, Splits]:
     """`size` samples to train on, then a tenth as many (at least one) to validate, then as many to test.
 
     Raises:
@@ -220,6 +223,15 @@ def _popular(u: DoubleArray, rows: int) -> LongArray:
     power = 1 - EXPONENT
     rank: LongArray = (((rows + 1.0) ** power * u + (1 - u)) ** (1 / power)).astype(np.int64)
     return scatter(np.minimum(rank - 1, rows - 1), rows)
+
+
+def _intercept(scores: DoubleArray) -> float:
+    """What to add to scores so that `CLICKS` of them are clicks."""
+    low, high = -10.0, 10.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _sigmoid(middle + scores).mean() < CLICKS else (low, middle)
+    return middle
 
 
 def _sigmoid(x: DoubleArray) -> DoubleArray:

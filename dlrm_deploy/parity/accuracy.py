@@ -22,7 +22,7 @@ from dlrm_deploy.engines.registry import open_unchecked
 from dlrm_deploy.metrics import CONFIDENCE
 from dlrm_deploy.parity.compare import FloatArray, Limit
 from dlrm_deploy.parity.labelled import RESAMPLES, LabelledSamples, compare_labelled
-from dlrm_deploy.parity.report import LabelledParity
+from dlrm_deploy.parity.report import LabelledParity, ParityCase
 
 RANDOM_SAMPLES = 8192
 SEED = 20190531
@@ -67,11 +67,11 @@ class AccuracyReport:
     """Of the random samples."""
 
     labelled: LabelledParity | None
-    """fp32 model as reference; None where there are no labelled samples, or the converted model gives NaN for one."""
+    """fp32 model as reference; None where there are no labelled samples, or `unscored` says why not."""
 
     max_log_loss_rise: float
-    asked: bool
-    """Whether labelled samples were given."""
+    unscored: str | None
+    """Why labelled samples that were given could not be compared."""
 
     time: str
 
@@ -84,12 +84,12 @@ class AccuracyReport:
             if seen.nonfinite
         ]
         if self.labelled is None:
-            return (*found, *(["the converted model gives NaN for labelled samples"] if self.asked else []))
+            return (*found, *([self.unscored] if self.unscored else []))
         if not self.labelled.passed:
             found.append(
                 f"AUC drops by {self.labelled.auc_drop.value:.2e}, the limit is {self.labelled.max_auc_drop:.1e}"
             )
-        if (rise := self.labelled.log_loss_rise.value) > self.max_log_loss_rise:
+        if not (rise := self.labelled.log_loss_rise.value) <= self.max_log_loss_rise:
             found.append(f"log loss rises by {rise:.2e}, the limit is {self.max_log_loss_rise:.1e}")
         return tuple(found)
 
@@ -106,9 +106,8 @@ class AccuracyReport:
             for name, seen in (("golden batch", self.golden), ("random inputs", self.random))
         ]
         if (labelled := self.labelled) is None:
-            lines.append(
-                "AUC, log loss and calibration: not compared, there are no labelled samples (--data, --recipe)"
-            )
+            reason = self.unscored or "there are no labelled samples (--data, --recipe)"
+            lines.append(f"AUC, log loss and calibration: not compared, {reason}")
             return tuple(lines)
         was, now, drop, rise = labelled.reference, labelled.engine, labelled.auc_drop, labelled.log_loss_rise
         return (
@@ -163,8 +162,9 @@ def compare_accuracy(
     with ExitStack() as stack:
         was, now = (stack.enter_context(open_unchecked(one, REFERENCE, threads=threads)) for one in (fp32, converted))
         worth: LabelledParity | None = None
+        unscored: str | None = None
         if labelled is not None:
-            _, worth = compare_labelled(
+            case, worth = compare_labelled(
                 labelled,
                 was,
                 now,
@@ -173,15 +173,23 @@ def compare_accuracy(
                 resamples=resamples,
                 seed=seed,
             )
+            unscored = None if worth else _unscored(case)
         return AccuracyReport(
             golden=_agreement(was, now, [converted.golden().batch]),
             random=_agreement(was, now, _random_batches(fp32, seed)),
             seed=seed,
             labelled=worth,
             max_log_loss_rise=limit if max_log_loss_rise is None else max_log_loss_rise,
-            asked=labelled is not None,
+            unscored=unscored,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+
+def _unscored(case: ParityCase) -> str:
+    """Why labelled samples have no figures."""
+    if case.output is None:
+        return f"labelled samples cannot be scored: {case.problem}"
+    return f"one of the two models gives NaN for {case.output.nonfinite} of {case.output.rows} labelled samples"
 
 
 def _random_batches(bundle: Bundle, seed: int) -> list[Batch]:

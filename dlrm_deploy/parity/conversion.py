@@ -6,10 +6,13 @@ Main path: `check_conversion` -> `check_parity` of each engine -> `compare_accur
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.errors import AccuracyError, EngineError, MissingDependencyError
+from dlrm_deploy.formats import ROW_FORMATS
 from dlrm_deploy.parity.accuracy import AccuracyReport, compare_accuracy
 from dlrm_deploy.parity.check import check_parity, stored_cases
 from dlrm_deploy.parity.labelled import LabelledSamples
@@ -69,7 +72,7 @@ def check_conversion(
         threads=threads,
     )
     converted.record_accuracy(accuracy.record())
-    for line in accuracy.summary():
+    for line in (*accuracy.summary(), *_tables_summary(converted)):
         say(line)
     if failed or accuracy.problems:
         problems = "; ".join((*failed, *accuracy.problems))
@@ -78,3 +81,18 @@ def check_conversion(
             "less (--tables fp16 or auto, --mlp fp32), or accept more (--max-auc-drop, --max-logloss-rise)."
         )
     return accuracy
+
+
+def _tables_summary(converted: Bundle) -> tuple[str, ...]:
+    """How many tables got which format, and the one that lost most; nothing where the record does not say."""
+    tables: dict[str, dict[str, Any]] = converted.manifest.accuracy.get("tables", {})
+    if not tables:
+        return ()
+    formats = Counter(table["format"] for table in tables.values())
+    line = "tables: " + ", ".join(f"{formats[name]} {name}" for name in ROW_FORMATS if formats[name])
+    lost = {name: table for name, table in tables.items() if "relative_rms" in table}
+    if lost:
+        worst = max(lost, key=lambda name: lost[name]["relative_rms"])
+        rms, largest = (lost[worst][what] for what in ("relative_rms", "max_abs"))
+        line += f"; largest error: {worst}, relative RMS {rms:.2g}, max abs {largest:.2g}"
+    return (line,)

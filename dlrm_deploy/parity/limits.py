@@ -37,7 +37,8 @@ def precision_limit(config: ModelConfig, precision: str, batch: Batch | None = N
 class Limits:
     """Of one engine and one bundle.
 
-    Plans compute in a number format of their own (`precision_limit`). Other engines compute with what the bundle
+    Plans compute in a number format of their own, and are compared with a reference in that of the bundle's MLPs: the
+    coarser of the two counts (`precision_limit`). Other engines compute with what the bundle
     stores: they differ by the order of float32 sums (`derived_limit`), whatever the format of the tables, and where the
     MLPs are bfloat16 by what that changes in roundings (`dlrm_deploy.parity.bf16_limit`).
     """
@@ -46,8 +47,12 @@ class Limits:
         """Without a reference, for want of torch, bfloat16 MLPs get the wide limit of a plan."""
         self._config = bundle.config
         plan = engine.name in PLAN_ENGINES
-        bf16 = bundle.manifest.mlp_precision == "bf16" and not plan
-        self._precision = engine.precision if plan else "bf16" if bf16 and reference is None else "fp32"
+        mlp = bundle.manifest.mlp_precision
+        bf16 = mlp == "bf16" and not plan
+        if plan:
+            self._precision = max(engine.precision, mlp, key=_ROUNDING_UNITS.__getitem__)
+        else:
+            self._precision = "bf16" if bf16 and reference is None else "fp32"
         self._roundings = _roundings(reference) if bf16 and reference is not None else None
         self._most = 0.0
         if self._roundings is not None:

@@ -6,9 +6,10 @@ from bundles import CONFIGS
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bench import inputs
-from dlrm_deploy.bench.inputs import gathered_bytes, rotating_batches, split, touching_batches
+from dlrm_deploy.bench.inputs import Inputs, gathered_bytes, rotating_batches, split, touching_batches
 from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.data.random import random_batch
+from dlrm_deploy.data.trace import profile_batches
 from dlrm_deploy.tables import TableConfig
 
 INT64 = np.dtype(np.int64)
@@ -100,3 +101,35 @@ def test_touching_batches_fit_every_form_of_model(name):
         batch.check_fits(CONFIGS[name])
         assert batch.explain_bad_ids(CONFIGS[name]) is None
         assert batch.indices.dtype == np.int32
+
+
+def test_batches_of_a_trace_are_one_stream_with_its_reuse(monkeypatch):
+    monkeypatch.setattr(inputs, "GATHERED_BYTES", 64 * 16 * 4 * 20)
+    monkeypatch.setattr(inputs, "_DRAWN_BYTES", 4000)  # several draws
+    config = one_table(rows=10_000, width=16, pooling_factor=1)
+    ids = np.repeat(np.arange(500), 4)  # each id four times in a row
+    trace = profile_batches([Batch.from_bags([[0.0]] * ids.size, [[[i] for i in ids]])], config)
+    batches = rotating_batches(config, 64, 5, distribution="trace", index_dtype=INT64, trace=trace)
+    drawn = np.concatenate([batch.indices for batch in batches])
+    repeats = np.mean(drawn[1:] == drawn[:-1])
+    assert repeats == pytest.approx(0.75, abs=0.05)  # also across batches and draws
+    again = rotating_batches(config, 64, 5, distribution="trace", index_dtype=INT64, trace=trace)
+    np.testing.assert_array_equal(drawn, np.concatenate([batch.indices for batch in again]))
+
+
+def test_batches_of_the_size_in_use_are_drawn_once(monkeypatch):
+    monkeypatch.setattr(inputs, "GATHERED_BYTES", 1)
+    made = Inputs(one_table(rows=99, width=16, max_ids=9), 3, distribution="uniform", index_dtype=INT64)
+    batches = made.of_size(8)
+    assert made.of_size(8) is batches
+    assert made.of_size(4)[0].batch_size == 4
+    assert_same(made.of_size(8)[0], batches[0])
+
+
+def test_outputs_are_compared_on_the_longest_bag_and_on_many_samples(monkeypatch):
+    monkeypatch.setattr(inputs, "GATHERED_BYTES", 1 << 16)
+    made = Inputs(one_table(rows=99, width=16, max_ids=9), 3, distribution="uniform", index_dtype=INT64)
+    longest, *others = made.to_compare(8)
+    assert np.diff(longest.offsets).max() == max(np.diff(batch.offsets).max() for batch in made.of_size(8))
+    assert sum(batch.batch_size for batch in others) == 256
+    assert [batch.batch_size for batch in made.to_compare(1000)] == [1000, 1000]

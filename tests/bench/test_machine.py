@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dlrm_deploy.bench.machine import LoadMeter, available_cores, cpu_name, source_commit
+from dlrm_deploy.bench.machine import LoadMeter, _process_seconds, available_cores, cpu_name, source_commit
 
 
 def test_cpu_is_named_with_its_cores(tmp_path):
@@ -78,3 +79,19 @@ def test_other_load_is_busy_and_stolen_time_less_our_own(tmp_path, monkeypatch):
 
 def test_other_load_is_unknown_without_proc(tmp_path):
     assert LoadMeter(tmp_path / "missing").others() is None
+
+
+def test_processes_of_ours_are_no_other_load():
+    work = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", work], **pipes) as child:
+        child.stdout.readline()
+        known, unknown = LoadMeter(processes=[child.pid])._now(), LoadMeter()._now()
+        assert known[2] - unknown[2] > 0.2  # seconds that count as ours
+        child.communicate(b"\n")
+
+
+def test_a_process_that_has_gone_used_nothing():
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()
+    assert _process_seconds(child.pid) == 0.0

@@ -86,6 +86,61 @@ def test_an_engine_that_cannot_run_here_is_listed_and_does_not_fail_the_rest(bun
     assert "tensorrt-rtx was not run: " in result.stdout
 
 
+def test_a_variant_and_a_peer_are_measured_beside_the_engines(bundle):
+    options = ["--batch", "32", "--engine", "torch,torch-lean,onnxruntime", "--variant", "tables=int8,mlp=bf16"]
+    result = run(bundle.path, *options, "--json", *QUICK)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["engine"] for row in rows] == ["torch", "torch-lean", "onnxruntime", "onnxruntime[int8,bf16]"]
+    assert [row["tables"] for row in rows] == ["fp32", "fp32", "fp32", "int8"]
+    assert "--variant tables=int8,mlp=bf16 " in rows[0]["command"]
+    for row in rows:
+        assert row["times_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"], rel=1e-6)
+
+
+def test_rows_are_stored_compared_and_run_again_from_themselves(bundle, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    options = ["--batch", "2", "--engine", "torch,onnxruntime", "--only", "onnxruntime=2", "--breakdown"]
+    first = run(bundle.path, *options, "--out", out, *QUICK)
+    assert first.exit_code == 0, first.output
+    again = run("--rerun", out, "--json", "--out", tmp_path / "again.json", "--compare", out, "--tolerance", "0.99")
+    assert again.exit_code == 0, again.output
+    before = [json.loads(line) for line in out.read_text().splitlines()]
+    after = [json.loads(line) for line in again.stdout.splitlines()]
+    assert [row["command"] for row in after] == [row["command"] for row in before]
+    assert json.loads((tmp_path / "again.json").read_text()) == after
+    assert "0 of 2 rows lost more than 99% of their ratio" in again.stderr
+
+
+def test_a_regression_exits_1_and_is_named(bundle, tmp_path):
+    options = [bundle.path, "--batch", "2", "--engine", "torch,onnxruntime", *QUICK]
+    assert run(*options, "--out", tmp_path / "rows.jsonl").exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows[1]["ratio"] *= 1000  # it once was far faster
+    (tmp_path / "old.json").write_text(json.dumps(rows))
+    result = run(*options, "--compare", tmp_path / "old.json")
+    assert result.exit_code == 1
+    assert "REGRESSED" in result.stdout
+    assert "onnxruntime  batch 2" in result.stdout
+
+
+def test_runs_that_cannot_be_compared_exit_3(bundle, tmp_path):
+    (tmp_path / "old.jsonl").write_text('{"command": "dlrm-deploy bench b", "engine": "torch", "ratio": 1.0}\n')
+    result = run(bundle.path, "--batch", "2", "--engine", "torch", "--compare", tmp_path / "old.jsonl", *QUICK)
+    assert result.exit_code == 3
+    assert "nothing to compare" in result.stderr
+
+
+def test_all_means_every_engine_and_peer_installed(bundle, monkeypatch):
+    monkeypatch.setattr(
+        "dlrm_deploy.bench.settings.missing_peer_package", lambda name: None if name == "torch-lean" else "x"
+    )
+    result = run(bundle.path, "--batch", "1", "--engine", "all", "--json", *QUICK)
+    assert result.exit_code == 0, result.output
+    engines = [json.loads(line)["engine"] for line in result.stdout.splitlines()]
+    assert engines == ["torch", "onnxruntime-stock", "onnxruntime", "torch-lean"]
+
+
 def test_nothing_that_runs_exits_3(bundle):
     result = run(bundle.path, "--batch", "1", "--engine", "tensorrt-rtx", *QUICK)
     assert result.exit_code == 3
@@ -115,6 +170,14 @@ def test_a_damaged_bundle_exits_3_and_names_the_file(bundle):
         (["BUNDLE", "--engine", "torch", "--baseline", "onnxruntime"], "is not among the engines measured"),
         (["BUNDLE", "--distribution", "normal"], "uniform, gaussian, zipf"),
         (["BUNDLE", "--plot", "out.pdf"], "should end in .png"),
+        (["BUNDLE", "--variant", "int8"], "'int8' is not of the form tables=int8,mlp=bf16"),
+        (["BUNDLE", "--only", "torch"], "'torch' is not of the form ENGINE=N,N"),
+        (["BUNDLE", "--only", "openvino-bf16=1"], "only 'openvino-bf16' is not among the engines measured"),
+        (["BUNDLE", "--distribution", "trace"], "distribution trace and a trace file go together"),
+        (["BUNDLE", "--tolerance", "2"], "tolerance must be at least 0 and below 1"),
+        (["BUNDLE", "--rerun", __file__], "only output options go with it"),
+        (["--rerun", __file__], "cannot read the rows of"),
+        (["BUNDLE", "--compare", __file__], "cannot read the rows of"),
         (["missing-folder"], "missing-folder"),
     ],
 )

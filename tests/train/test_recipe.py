@@ -73,6 +73,17 @@ def test_movielens_model_sees_what_the_recipe_chooses(tmp_path):
         Recipe.from_dict({**GOOD, "model": {**model, "features": ["film", "user"]}, "data": movielens}).load()
 
 
+def test_planted_data_comes_with_its_features_and_the_model_sees_those_it_chooses():
+    planted = {"kind": "planted", "size": 20, "seed": 3, "scale_rows": 0.0005}
+    config, splits = Recipe.from_dict({**GOOD, "model": LAYERS, "data": planted}).load()
+    assert (len(config.dense_features), len(config.features)) == (13, 26)
+    assert config.table("cat_2").rows == 5066  # 10131227 in Criteo's data
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 2, 2)
+    splits.test.batch([0, 1])[0].check_fits(config)
+    few, _ = Recipe.from_dict({**GOOD, "model": {**LAYERS, "features": ["cat_5", "cat_2"]}, "data": planted}).load()
+    assert [feature.name for feature in few.features] == ["cat_5", "cat_2"]
+
+
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
@@ -114,16 +125,24 @@ def test_movielens_model_sees_what_the_recipe_chooses(tmp_path):
         ("model", {**LAYERS, "self_interaction": "no"}, "[model]: self_interaction must be true or false, got 'no'"),
         ("model", {"preset": "kaggle", "self_interaction": 0}, "self_interaction must be true or false, got 0"),
         ("model", {**LAYERS, "bottom_mlp": [8]}, "the dot interaction needs one width"),
-        ("data", {"kind": ["random"]}, "[data]: kind must be one of movielens, random, got ['random']"),
-        ("data", {"kind": {}}, "[data]: kind must be one of movielens, random, got {}"),
+        ("data", {"kind": ["random"]}, "[data]: kind must be one of movielens, random, planted, got ['random']"),
+        ("data", {"kind": {}}, "[data]: kind must be one of movielens, random, planted, got {}"),
         ("data", {"kind": "movielens", "share_item_table": "no"}, "[data]: share_item_table must be true or false"),
         ("train", {"batch_size": 1, "epochs": 1, "tensorboard": "off"}, "[train]: tensorboard must be true or false"),
-        ("data", {}, "[data]: kind must be one of movielens, random, got None"),
-        ("data", {"kind": "criteo"}, "kind must be one of movielens, random, got 'criteo'"),
+        ("data", {}, "[data]: kind must be one of movielens, random, planted, got None"),
+        ("data", {"kind": "criteo"}, "kind must be one of movielens, random, planted, got 'criteo'"),
         ("data", "movielens", "got 'movielens'"),
         ("data", {"kind": "random"}, "[data]: missing key size"),
         ("data", {"kind": "random", "size": 0}, "[data] size must be a whole number of at least 1, got 0"),
         ("data", {"kind": "random", "size": 1, "distribution": "x"}, "distribution must be one of uniform"),
+        ("data", {"kind": "planted"}, "[data]: missing key size"),
+        ("data", {"kind": "planted", "size": 1, "seed": -1}, "[data] seed must be a whole number of at least 0"),
+        (
+            "data",
+            {"kind": "planted", "size": 1, "scale_rows": 1e300},
+            "[data] scale_rows must be at most 100, got 1e+300",
+        ),
+        ("data", {"kind": "planted", "size": 10, "scale_rows": 0}, "[data] scale_rows must be a number above 0, got 0"),
         ("data", {"kind": "movielens", "split": "x"}, "split must be random or time, got 'x'"),
         ("data", {"kind": "movielens", "path": ""}, "[data] path must be a text, got ''"),
         ("data", {"kind": "movielens", "size": 1}, "unknown key size"),
@@ -154,6 +173,8 @@ def test_model_and_data_that_do_not_go_together_are_refused():
     movielens = {"kind": "movielens"}
     with pytest.raises(ConfigError, match="a preset or file brings features of its own"):
         Recipe.from_dict({**GOOD, "data": movielens}).load()
+    with pytest.raises(ConfigError, match="the planted task has features of its own"):
+        Recipe.from_dict({**GOOD, "data": {"kind": "planted", "size": 10}}).load()
     with pytest.raises(ConfigError, match="random data has no features of its own"):
         Recipe.from_dict({**GOOD, "model": LAYERS}).load()
 

@@ -8,7 +8,7 @@ at the end of its ids.
 
 from __future__ import annotations
 
-import logging
+import warnings
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,14 +46,9 @@ class OpenVinoPeer(Peer):
         golden = self.bundle.golden().batch.rows(0, 2)
         module = _Module(self.bundle, self._tables, self._one_hot).eval()
         arguments = tuple(torch.from_numpy(array) for array in self._arguments(golden))
-        logger = logging.getLogger("torch.onnx")
-        level = logger.level
-        try:
-            logger.setLevel(logging.ERROR)
-            with torch.no_grad():
-                return self._openvino.convert_model(module, example_input=arguments)
-        finally:
-            logger.setLevel(level)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # its own way of tracing is deprecated by torch
+            return self._openvino.convert_model(module, example_input=arguments)
 
     def _arguments(self, batch: Batch) -> list[npt.NDArray[Any]]:
         """Dense values, then the ids of each feature, and the start of each of its bags, and weights, where needed."""

@@ -32,10 +32,12 @@ const std::vector<KernelPath>& AllKernelPaths() {
       {"amx", SupportsAmxPath, PoolChunkAvx512, InteractAvx512, MultiplyAddLoopAvx512, RunMlpAmx},
 #endif
 #if defined(__x86_64__)
-      {"avx512", SupportsAvx512, PoolChunkAvx512, InteractAvx512, MultiplyAddLoopAvx512, RunMlpAvx512},
+      {"avx512", SupportsAvx512, PoolChunkAvx512, InteractAvx512, MultiplyAddLoopAvx512,
+       RunMlpAvx512},
       {"avx2", SupportsAvx2, PoolChunkAvx2, InteractAvx2, MultiplyAddLoopAvx2, RunMlpAvx2},
 #endif
-      {"scalar", [] { return true; }, PoolChunkScalar, InteractScalar, MultiplyAddLoopScalar, RunMlpScalar},
+      {"scalar", [] { return true; }, PoolChunkScalar, InteractScalar, MultiplyAddLoopScalar,
+       RunMlpScalar},
   };
   return paths;
 }

@@ -14,16 +14,18 @@ constexpr int64_t kMostValues = int64_t{1} << 34;  // weights of a layer
 // A batch of up to kSplitRows samples is split by columns, layer by layer, in pieces of about
 // kSplitBytes of weights, where the weights have kSplitWeightBytes or more: then reading them takes
 // longest, and two threads that each read half of them do it in half of the time.
-constexpr int64_t kSplitRows = 64;
+constexpr int64_t kSplitRows = 256;
 constexpr int64_t kSplitBytes = 128 << 10;
 constexpr size_t kSplitWeightBytes = 1 << 20;
 
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Samples of a block: enough to use a weight tile several times, few enough to give every thread
-// several blocks.
-int64_t BlockRows(int64_t batch) {
-  if (batch <= 64) return 32;
+// Samples of a block: enough to use a weight often once it is in the cache, few enough to give
+// every thread several blocks. Weights that do not fit into the L2 cache are read again for each
+// block.
+int64_t BlockRows(int64_t batch, size_t weight_bytes) {
+  if (weight_bytes >= kSplitWeightBytes) return 256;
+  if (batch <= 128) return 32;
   if (batch <= 256) return 64;
   return 128;
 }
@@ -182,7 +184,7 @@ Error PackedMlp::Run(const KernelPath& path, const float* x, int64_t batch,
   if (batch <= kSplitRows && weight_bytes_ >= kSplitWeightBytes) {
     return RunSplitLayers(path, x, batch, runner, y);
   }
-  return RunBlocks(path, x, batch, std::min(batch, BlockRows(batch)), runner, y);
+  return RunBlocks(path, x, batch, std::min(batch, BlockRows(batch, weight_bytes_)), runner, y);
 }
 
 }  // namespace dlrm_deploy

@@ -25,27 +25,42 @@ float FromHalf(uint32_t half) {
   return sign ? -small : small;
 }
 
-// Column d of a stored row.
-float Value(RowFormat format, const void* row, int64_t width, int64_t d) {
+// out += value(d), or weight * value(d), for each column d.
+template <typename Value>
+void AddColumns(int64_t width, const float* weight, float* out, const Value& value) {
+  if (weight == nullptr) {
+    for (int64_t d = 0; d < width; ++d) out[d] += value(d);
+  } else {
+    for (int64_t d = 0; d < width; ++d) out[d] += *weight * value(d);
+  }
+}
+
+void AddRow(RowFormat format, const void* row, int64_t width, const float* weight, float* out) {
+  const float* floats = static_cast<const float*>(row);
   const unsigned char* bytes = static_cast<const unsigned char*>(row);
-  const auto line = [&](uint32_t code, int64_t codes_bytes) {
-    const float scale = FromHalf(Bits16(bytes + codes_bytes));
-    const float bias = FromHalf(Bits16(bytes + codes_bytes + 2));
-    return static_cast<float>(code) * scale + bias;
-  };
+  const unsigned char* end = bytes + (format == RowFormat::kInt8 ? width : (width + 1) / 2);
   switch (format) {
     case RowFormat::kFp32:
-      return static_cast<const float*>(row)[d];
+      return AddColumns(width, weight, out, [=](int64_t d) { return floats[d]; });
     case RowFormat::kFp16:
-      return FromHalf(Bits16(bytes + 2 * d));
+      return AddColumns(width, weight, out,
+                        [=](int64_t d) { return FromHalf(Bits16(bytes + 2 * d)); });
     case RowFormat::kBf16:
-      return FloatOfBits(Bits16(bytes + 2 * d) << 16);
+      return AddColumns(width, weight, out,
+                        [=](int64_t d) { return FloatOfBits(Bits16(bytes + 2 * d) << 16); });
     case RowFormat::kInt8:
-      return line(bytes[d], width);
-    case RowFormat::kInt4:
-      return line(bytes[d / 2] >> (d % 2 * 4) & 15u, (width + 1) / 2);
+    case RowFormat::kInt4: {
+      const float scale = FromHalf(Bits16(end));  // behind the codes
+      const float bias = FromHalf(Bits16(end + 2));
+      if (format == RowFormat::kInt8) {
+        return AddColumns(width, weight, out,
+                          [=](int64_t d) { return static_cast<float>(bytes[d]) * scale + bias; });
+      }
+      return AddColumns(width, weight, out, [=](int64_t d) {
+        return static_cast<float>(bytes[d / 2] >> (d % 2 * 4) & 15) * scale + bias;
+      });
+    }
   }
-  return 0.0f;
 }
 
 }  // namespace
@@ -59,10 +74,8 @@ void PoolChunkScalar(const Chunk& chunk, int64_t width) {
     }
     for (int i = first; i < first + bag.count; ++i) {
       if (chunk.row[i] == nullptr) continue;
-      for (int64_t d = 0; d < width; ++d) {
-        const float value = Value(chunk.format, chunk.row[i], width, d);
-        bag.out[d] += chunk.weighted ? chunk.weight[i] * value : value;
-      }
+      const float* weight = chunk.weighted ? &chunk.weight[i] : nullptr;
+      AddRow(chunk.format, chunk.row[i], width, weight, bag.out);
     }
     if (bag.divisor != 1.0f) {
       for (int64_t d = 0; d < width; ++d) bag.out[d] /= bag.divisor;
