@@ -157,9 +157,9 @@ def markdown(compared: Sequence[Converted]) -> str:
                 tables,
                 mlp,
                 f"{mean(aucs):.5f}",
-                f"{mean(drops):.1e}, {max(drops):.1e}" if limit else "",
+                _change(drops) if limit else "",
                 f"{mean(losses):.5f}",
-                f"{mean(rises):.1e}, {max(rises):.1e}" if limit else "",
+                _change(rises) if limit else "",
                 f"{limit:g}" if limit else "",
                 ("passed" if passed else "FAILED") if limit else "",
                 f"{models[0].table_bytes / 1024:,.0f} KiB",
@@ -169,6 +169,11 @@ def markdown(compared: Sequence[Converted]) -> str:
             known = [f"{recipe.ceiling.auc:.5f}", "", f"{recipe.ceiling.log_loss:.5f}"]
             lines.append(f"| `{recipe.name}` | best possible | | {' | '.join(known)} | | | | |")
     return "\n".join(lines) + "\n"
+
+
+def _change(values: Sequence[float]) -> str:
+    """Mean and worst; what is below 1e-9 is the rounding of this sum itself."""
+    return ", ".join(f"{round(value, 9) + 0.0:.1e}" for value in (mean(values), max(values)))
 
 
 @click.command()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -138,7 +137,6 @@ def open_subject(bundle: Bundle, engine: str, options: Options, inputs: Inputs, 
     Raises:
         EngineError, BatchError, MissingDependencyError: it does not run here.
     """
-    gc.collect()
     before, began = own_memory(), time.perf_counter()
     opened: Engine
     if engine in PEER_NAMES:
@@ -175,7 +173,6 @@ def _facts(bundle: Bundle, name: str, engine: Engine, load_seconds: float, befor
         mlp = engine.precision if name in PLAN_ENGINES else bundle.manifest.precision["mlp"]
         formats = dict(bundle.manifest.table_formats)
         stored = sum(matrix.nbytes for matrix in bundle.map_tables())
-    gc.collect()
     after = own_memory()
     return Facts(
         engine=name,

@@ -209,7 +209,8 @@ def decode_rows(format: RowFormat, stored: Tensor, width: int) -> Tensor:
         halves = torch.empty(*codes.shape, 2, device=stored.device)
         halves[:, :, 0], halves[:, :, 1] = codes & 15, codes >> 4
         values = halves.flatten(1)[:, :width]
-    scale_bias = stored[:, -4:].contiguous().view(torch.float16).float()
+    # Not contiguous(), which leaves the end of a single row where it is: in a row of odd width, at an odd address.
+    scale_bias = stored[:, -4:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
     return values.mul_(scale_bias[:, :1]).add_(scale_bias[:, 1:])
 
 

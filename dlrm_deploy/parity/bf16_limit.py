@@ -13,9 +13,10 @@ which few models see several in one sample. Inputs that are the same bits in bot
 batch, do not count.
 
 Most samples have no flip, so over many samples engines differ by far less, and an engine that does not round, rounds in
-another way, or holds other weights differs by about sigma in most of them. How often sums flip is found by scoring the
-same samples with sums in float64: the root mean square of a batch may be `SELF` times that of this difference and, so
-that a few flips more are no failure where flips are rare, three times what one flip in the whole batch makes of it.
+another way, or holds other weights differs by about half of the largest sigma in the root mean square. How often sums
+flip is found by scoring the same samples with sums in float64: the root mean square of a batch may be `SELF` times that
+of this difference and, so that a few flips more are no failure where flips are rare, three times what one flip in the
+whole batch makes of it.
 
 What engines really differ by is in docs/check.md.
 """
@@ -62,11 +63,11 @@ def rounding_limit(engine: TorchEngine, batch: Batch) -> RoundingLimit:
         engine: the reference, of a bundle with bfloat16 MLPs.
         batch: fits its model.
     """
-    if batch.batch_size > SAMPLES:
-        batch = batch.rows(0, SAMPLES)
     B = batch.batch_size
     if B == 0:
         return RoundingLimit(0.0, 0.0)
+    if B > SAMPLES:
+        batch = batch.rows(0, SAMPLES)
     sigma, own = rounding_deviations(engine.model, batch), _own_differences(engine.model, batch)
     most = DEVIATIONS * float(sigma.max())
     rms = SELF * float(np.sqrt(np.mean(own**2))) + 3 * np.sqrt(6) * float(sigma.max()) / np.sqrt(B)

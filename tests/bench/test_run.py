@@ -7,7 +7,7 @@ from dlrm_deploy.batch import Batch
 from dlrm_deploy.bench import limits, subject
 from dlrm_deploy.bench import run as bench_run
 from dlrm_deploy.bench.calibration import Calibration
-from dlrm_deploy.bench.run import run_bench, steps
+from dlrm_deploy.bench.run import run_bench, share_files, steps
 from dlrm_deploy.bench.settings import BenchSettings
 from dlrm_deploy.bench.variant import Variant
 from dlrm_deploy.engines.engine import Engine
@@ -383,3 +383,17 @@ def test_options_reach_the_engines_that_have_them(dot_bundle, monkeypatch):
     report = run_bench(dot_bundle, quick(engines=("torch", "onnxruntime"), prefault=True, huge_pages=True))
     assert seen == {"torch": {}, "onnxruntime": {"prefault": True, "huge_pages": True}}
     assert (report.circumstances.prefault, report.circumstances.huge_pages) == (True, True)
+
+
+def test_tables_that_a_variant_does_not_convert_are_the_same_file(dot_bundle, tmp_path):
+    from dlrm_deploy.export.convert import convert_bundle
+
+    same, smaller = (
+        convert_bundle(dot_bundle, tmp_path / tables, tables=tables, mlp="bf16") for tables in ("fp32", "int8")
+    )
+    for converted, is_same in ((same, True), (smaller, False)):
+        share_files(converted, dot_bundle)
+        for record in converted.manifest.table_groups:
+            path, original = converted.path / record.file, dot_bundle.path / record.file
+            assert (original.exists() and path.samefile(original)) == is_same
+        assert converted.altered_files() == []

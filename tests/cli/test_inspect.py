@@ -112,3 +112,21 @@ def test_a_path_that_does_not_exist_exits_2(run, tmp_path):
 )
 def test_bytes_are_readable(size, text):
     assert command._bytes(size) == text
+
+
+def test_a_pipe_cuts_no_name(bundle, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    result = CliRunner().invoke(cli, ["inspect", str(bundle.path)])
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) > 80
+
+
+@pytest.mark.parametrize("accuracy", [{"tables": {"t_a": 3}}, {"tables": []}, {"golden": 5}, {"labelled": {"x": 1}}])
+def test_a_damaged_record_of_the_conversion_is_said(accuracy, run, bundle):
+    path = bundle.path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": accuracy}))
+    result = run(bundle.path)
+    assert result.exit_code == 0, result.output
+    assert "the record of the conversion is damaged" in result.stdout

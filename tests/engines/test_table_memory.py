@@ -210,6 +210,26 @@ def test_a_copy_made_before_a_fork_serves_the_engines_of_the_child(bundle):
     assert done.stdout.split() == ["0", "True"]
 
 
+FORK_WHILE_LOCKED = """
+import os, signal, sys
+from pathlib import Path
+from dlrm_deploy.engines import table_memory
+with table_memory._lock:  # as another thread does while it copies tables
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if table_memory.open_table_memory(Path(sys.argv[1])).data.size == 3 else 1)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_fork_while_tables_are_being_opened_does_not_stop_the_child(tmp_path):
+    path = tmp_path / "table"
+    path.write_bytes(b"abc")
+    done = subprocess.run([sys.executable, "-c", FORK_WHILE_LOCKED, path], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"]
+
+
 @pytest.mark.parametrize("content", [None, b""], ids=["missing", "empty"])
 def test_a_file_that_cannot_be_mapped_is_named(tmp_path, content):
     path = tmp_path / "table"

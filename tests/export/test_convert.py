@@ -187,6 +187,11 @@ def test_what_cannot_be_converted_is_said(tmp_path, monkeypatch):
         convert_bundle(converted, tmp_path / "out")
     with pytest.raises(OutputError, match="exists already"):
         convert_bundle(fp32, converted.path)
+    (tmp_path / "link").symlink_to(fp32.path)
+    for same in (fp32.path, tmp_path / "link"):
+        with pytest.raises(OutputError, match="holds the fp32 bundle, which would be lost"):
+            convert_bundle(fp32, same, overwrite=True)
+    assert Bundle.open(fp32.path, verify="full").manifest == fp32.manifest
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=600))
     with pytest.raises(OutputError, match=r"the tables need 648 bytes, and .* has 600 bytes free"):
         convert_bundle(fp32, tmp_path / "out")

@@ -1,6 +1,7 @@
 """The comparison of a converted bundle with the fp32 one, and the gate that it makes with the parity check."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dlrm_deploy.metrics import auc, log_loss
 from dlrm_deploy.parity.accuracy import compare_accuracy, default_limit
 from dlrm_deploy.parity.conversion import check_conversion
 from dlrm_deploy.parity.labelled import LabelledSamples
+from dlrm_deploy.parity.report import ParityCase
 
 SAMPLES = 3000
 
@@ -75,6 +77,22 @@ def test_without_labels_there_is_no_limit_and_the_summary_says_so(fp32, int4):
     assert json.loads(json.dumps(report.record(), allow_nan=False))["labelled"] is None
 
 
+def test_labelled_samples_that_cannot_be_scored_are_refused_with_the_reason(fp32, int4, labelled, monkeypatch):
+    _, batch, labels = labelled
+    spoiled = replace(batch, dense=batch.dense.copy())
+    spoiled.dense[3] = np.nan
+    report = compare_accuracy(fp32, int4, labelled=LabelledSamples("here", lambda: iter([(spoiled, labels)])))
+    assert report.problems == (f"one of the two models gives NaN for 1 of {SAMPLES} labelled samples",)
+    assert "no labelled samples" not in report.summary()[-1]
+
+    def fail(*args, **options):
+        return ParityCase("labelled samples", problem="out of memory"), None
+
+    monkeypatch.setattr("dlrm_deploy.parity.accuracy.compare_labelled", fail)
+    report = compare_accuracy(fp32, int4, labelled=labelled[0])
+    assert report.problems == ("labelled samples cannot be scored: out of memory",)
+
+
 @pytest.mark.parametrize(
     ("tables", "mlp", "limit"), [("int8", "fp32", 5e-4), ("int4", "bf16", 2e-3), ("fp32", "bf16", 5e-4)]
 )
@@ -94,6 +112,10 @@ def test_the_gate_records_parity_and_accuracy(fp32, tmp_path):
     assert again.manifest.accuracy["passed"] is True
     assert again.manifest.accuracy["random"]["samples"] == 8192
     assert [line.split(":")[0] for line in said[:3]] == ["onnxruntime", "onnxruntime-stock", "golden batch"]
+    errors = {name: table["relative_rms"] for name, table in again.manifest.accuracy["tables"].items()}
+    worst = max(errors, key=errors.__getitem__)
+    text = f"tables: {len(errors)} int8; largest error: {worst}, relative RMS {errors[worst]:.2g}, "
+    assert said[-1].startswith(text)
 
 
 def test_the_gate_leaves_nothing_of_a_model_that_lost_too_much(fp32, labelled, tmp_path):

@@ -1,5 +1,7 @@
 """The limit for bfloat16 MLPs: right engines are far within it, and ones that round in another way are outside."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -95,7 +97,10 @@ def test_the_first_samples_of_a_large_batch_stand_for_all(reference, monkeypatch
     whole = rounding_limit(reference, batch)
     monkeypatch.setattr("dlrm_deploy.parity.bf16_limit.SAMPLES", 150)
     part = rounding_limit(reference, batch)
-    assert part == rounding_limit(reference, batch.rows(0, 150))
+    first = rounding_limit(reference, batch.rows(0, 150))
+    assert part.most == first.most
+    # One flip in 600 samples makes less of their mean than one in 150.
+    assert part.rms < first.rms or first.rms == 0
     assert part.most == pytest.approx(whole.most, rel=0.3)
 
 
@@ -113,3 +118,15 @@ def test_without_the_reference_the_limit_is_that_of_the_number_format(tmp_path):
     converted = convert_bundle(make_bundle("dot", tmp_path / "fp32"), tmp_path / "bf16")
     with open_engine(converted, "onnxruntime-stock") as engine:
         assert Limits(converted, engine, None).default == precision_limit(CONFIGS["dot"], "bf16")
+
+
+@pytest.mark.parametrize(
+    ("mlp", "plan", "coarser"), [("bf16", "fp32", "bf16"), ("bf16", "fp16", "bf16"), ("fp32", "fp16", "fp16")]
+)
+def test_a_plan_gets_the_limit_of_the_coarser_of_its_own_format_and_the_references(mlp, plan, coarser, tmp_path):
+    """An fp32 plan of a bundle with bf16 MLPs does not round where the reference does."""
+    converted = convert_bundle(make_bundle("dot", tmp_path / "fp32"), tmp_path / "out", tables="int8", mlp=mlp)
+    engine = SimpleNamespace(name="tensorrt-rtx", precision=plan)
+    with open_engine(converted, "torch") as reference:
+        limits = Limits(converted, engine, reference)
+    assert limits.default == precision_limit(CONFIGS["dot"], coarser)

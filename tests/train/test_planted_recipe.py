@@ -16,5 +16,5 @@ def test_the_planted_recipe_learns_the_products_of_pairs(tmp_path):
     recipe = Recipe.read(RECIPE)
     found = train(recipe, tmp_path / "run").test_auc
     test = recipe.load()[1].test
-    assert test.ceiling().auc - 0.02 < found < test.ceiling().auc
+    assert test.ceiling().auc - 0.025 < found < test.ceiling().auc
     assert found > test.ceiling(pairs=False).auc + 0.04

@@ -1,16 +1,13 @@
+// gather_rows.cc: the plain C function of dlrm_deploy/gather_rows.h. Nothing throws past this file.
 #include "dlrm_deploy/gather_rows.h"
 
 #include <cstdint>
 #include <string>
+#include <utility>
 
+#include "c_api/checks.h"
 #include "c_api/status.h"
 #include "calibrate/gather_rows.h"
-
-namespace {
-
-constexpr int32_t kMostThreads = 1024;
-
-}  // namespace
 
 dlrm_deploy_status dlrm_deploy_calibrate_gather_rows(const void* table, int64_t table_bytes,
                                                      int64_t row_bytes, const uint32_t* rows,
@@ -21,14 +18,10 @@ dlrm_deploy_status dlrm_deploy_calibrate_gather_rows(const void* table, int64_t 
     const auto bad = [](std::string message) {
       return Fail(DLRM_DEPLOY_BAD_INPUT, std::move(message));
     };
-    if (table == nullptr || rows == nullptr || result == nullptr)
-      return bad("table, rows or result is null");
-    if (threads < 1 || threads > kMostThreads) {
-      return bad("threads is " + std::to_string(threads) + ", expected 1 to " +
-                 std::to_string(kMostThreads));
+    if (dlrm_deploy::Error error = dlrm_deploy::CheckCalibration(threads, duration_ms, result)) {
+      return bad(*error);
     }
-    if (!(duration_ms > 0.0 && duration_ms <= 60e3))
-      return bad("duration_ms must be above 0 and at most 60000");
+    if (table == nullptr || rows == nullptr) return bad("table or rows is NULL");
     if (count < 1) return bad("count is " + std::to_string(count) + ", expected at least 1");
     if (row_bytes < 1 || table_bytes < row_bytes) {
       return bad("row_bytes is " + std::to_string(row_bytes) + ", expected 1 to table_bytes, " +

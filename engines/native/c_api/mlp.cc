@@ -1,10 +1,10 @@
 // mlp.cc: the plain C functions of dlrm_deploy/mlp.h. Nothing throws past this file.
 #include "dlrm_deploy/mlp.h"
 
-#include <limits>
 #include <string>
 #include <vector>
 
+#include "c_api/checks.h"
 #include "c_api/status.h"
 #include "c_api/thread_runner.h"
 #include "calibrate/amx.h"
@@ -14,21 +14,7 @@
 namespace dlrm_deploy {
 namespace {
 
-constexpr int32_t kMostThreads = 1024;
 constexpr int64_t kMostLayers = 1024;
-constexpr int64_t kMostFloats = std::numeric_limits<int64_t>::max() / 16;
-
-Error CheckThreads(int32_t threads) {
-  if (threads >= 1 && threads <= kMostThreads) return {};
-  return "threads is " + std::to_string(threads) + ", expected 1 to " +
-         std::to_string(kMostThreads);
-}
-
-// Whether batch * width is a count of floats that can be addressed.
-bool Addressable(int64_t batch, int64_t width) {
-  int64_t floats;
-  return !__builtin_mul_overflow(batch, width, &floats) && floats <= kMostFloats;
-}
 
 Error RunCall(const dlrm_deploy_mlp* c, const KernelPath& path, int threads) {
   if (c == nullptr || c->struct_size < sizeof(dlrm_deploy_mlp)) {
@@ -51,8 +37,8 @@ Error RunCall(const dlrm_deploy_mlp* c, const KernelPath& path, int threads) {
   PackedMlp mlp;
   if (Error error = PackedMlp::Create(c->widths[0], layers, c->relu_last != 0, &mlp)) return error;
   if (c->batch < 0) return "batch is " + std::to_string(c->batch) + ", expected at least 0";
-  if (!Addressable(c->batch, mlp.inputs()) || !Addressable(c->batch, mlp.outputs()) ||
-      c->batch * mlp.outputs() > c->y_floats) {
+  const int64_t needed = CountFloats(c->batch, mlp.outputs(), 1);
+  if (needed < 0 || needed > c->y_floats || CountFloats(c->batch, mlp.inputs(), 1) < 0) {
     return "y holds " + std::to_string(c->y_floats) + " floats, expected at least " +
            std::to_string(c->batch) + " x " + std::to_string(mlp.outputs());
   }
@@ -63,13 +49,9 @@ Error RunCall(const dlrm_deploy_mlp* c, const KernelPath& path, int threads) {
 dlrm_deploy_status CalibrateAmx(double (*measure)(int, double), int32_t threads, double duration_ms,
                                 double* result) {
   return Guarded([&] {
-    Error error = CheckThreads(threads);
-    if (!error && !(duration_ms > 0.0 && duration_ms <= 600e3)) {
-      error = "duration_ms is " + std::to_string(duration_ms) +
-              ", expected more than 0, at most 600000";
+    if (Error error = CheckCalibration(threads, duration_ms, result)) {
+      return Fail(DLRM_DEPLOY_BAD_INPUT, *error);
     }
-    if (!error && result == nullptr) error = "result is NULL";
-    if (error) return Fail(DLRM_DEPLOY_BAD_INPUT, *error);
     if (!CanMeasureAmx()) {
       return Fail(DLRM_DEPLOY_NO_PATH,
                   "this CPU has no AMX with bf16 and int8, or the system does not grant it");

@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <limits>
 #include <string>
 #include <vector>
 
+#include "c_api/checks.h"
 #include "c_api/status.h"
 #include "c_api/thread_runner.h"
 #include "calibrate/calibrate.h"
@@ -19,40 +19,11 @@
 namespace dlrm_deploy {
 namespace {
 
-constexpr int64_t kMostFloats = std::numeric_limits<int64_t>::max() / 16;
-constexpr int32_t kMostThreads = 1024;
-
-// a * b * c floats, or -1 when that is negative or too many to address.
-int64_t CountFloats(int64_t a, int64_t b, int64_t c) {
-  int64_t product;
-  if (a < 0 || b < 0 || c < 0 || __builtin_mul_overflow(a, b, &product) ||
-      __builtin_mul_overflow(product, c, &product) || product > kMostFloats) {
-    return -1;
-  }
-  return product;
-}
-
 dlrm_deploy_status ChoosePath(const char* name, const KernelPath** path) {
   std::string error;
   *path =
       name != nullptr ? ChooseKernelPath(name, &error) : ChooseKernelPathFromEnvironment(&error);
   return *path != nullptr ? DLRM_DEPLOY_OK : Fail(DLRM_DEPLOY_NO_PATH, error);
-}
-
-Error CheckThreads(int32_t threads) {
-  if (threads >= 1 && threads <= kMostThreads) return {};
-  return "threads is " + std::to_string(threads) + ", expected 1 to " +
-         std::to_string(kMostThreads);
-}
-
-Error CheckCalibration(int32_t threads, double duration_ms, const double* result) {
-  if (Error error = CheckThreads(threads)) return error;
-  if (!(duration_ms > 0.0 && duration_ms <= 600e3)) {
-    return "duration_ms is " + std::to_string(duration_ms) +
-           ", expected more than 0, at most 600000";
-  }
-  if (result == nullptr) return std::string("result is NULL");
-  return {};
 }
 
 std::vector<int64_t> Values(const int64_t* from, int64_t count) {
@@ -231,16 +202,21 @@ const char* dlrm_deploy_kernel_path(void) {
 }
 
 const char* dlrm_deploy_kernel_paths(void) {
-  static const std::string* const names = [] {
-    auto* joined = new std::string;
-    for (const KernelPath& path : AllKernelPaths()) {
-      if (!path.supported()) continue;
-      if (!joined->empty()) *joined += ",";
-      *joined += path.name;
-    }
-    return joined;
-  }();
-  return names->c_str();
+  const char* text = nullptr;
+  Guarded([&] {
+    static const std::string* const names = [] {
+      auto* joined = new std::string;
+      for (const KernelPath& path : AllKernelPaths()) {
+        if (!path.supported()) continue;
+        if (!joined->empty()) *joined += ",";
+        *joined += path.name;
+      }
+      return joined;
+    }();
+    text = names->c_str();
+    return DLRM_DEPLOY_OK;
+  });
+  return text;
 }
 
 dlrm_deploy_status dlrm_deploy_run_embedding_bag(const dlrm_deploy_embedding_bag* bag,

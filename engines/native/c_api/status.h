@@ -21,15 +21,25 @@ inline dlrm_deploy_status Fail(dlrm_deploy_status status, std::string message) {
   return status;
 }
 
+// Fail for a handler, past which not even a lack of memory for the message may throw.
+inline dlrm_deploy_status FailCaught(const char* what) noexcept {
+  try {
+    LastError() = what;
+  } catch (...) {
+    LastError().clear();
+  }
+  return DLRM_DEPLOY_FAILED;
+}
+
 // Runs `body`, and turns what it throws into a status.
 template <typename Body>
 dlrm_deploy_status Guarded(const Body& body) {
   try {
     return body();
   } catch (const std::exception& error) {
-    return Fail(DLRM_DEPLOY_FAILED, error.what());
+    return FailCaught(error.what());
   } catch (...) {
-    return Fail(DLRM_DEPLOY_FAILED, "unknown failure");
+    return FailCaught("unknown failure");
   }
 }
 

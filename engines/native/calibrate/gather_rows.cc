@@ -22,7 +22,7 @@ uint64_t Word(const unsigned char* from) {
   return word;
 }
 
-// Touches every byte; the last word overlaps the one before it.
+// Touches every word; the last one overlaps the one before it.
 uint64_t SumBytes(const unsigned char* from, int64_t bytes) {
   if (bytes < 8) return from[0] + from[bytes / 2] + from[bytes - 1];
   uint64_t sum[4] = {};
@@ -52,8 +52,8 @@ double MeasureGatherRowsGbps(const void* table, int64_t row_bytes, const uint32_
       const unsigned char* ahead =
           begin + int64_t{mine[std::min(i + kAhead, share - 1)]} * row_bytes;
       for (int64_t b = 0; b < row_bytes; b += kLineBytes) __builtin_prefetch(ahead + b);
-      __builtin_prefetch(ahead + row_bytes -
-                         1);  // a row that begins inside a line ends in one more
+      // A row that begins inside a line ends in one more.
+      __builtin_prefetch(ahead + row_bytes - 1);
       sum += SumBytes(begin + int64_t{mine[i]} * row_bytes, row_bytes);
     }
     used.fetch_add(sum, std::memory_order_relaxed);

@@ -1,4 +1,4 @@
-// aligned_buffer.h: scratch memory for a thread.
+// aligned_buffer.h: memory on cache lines that grows.
 #ifndef DLRM_DEPLOY_KERNELS_ALIGNED_BUFFER_H_
 #define DLRM_DEPLOY_KERNELS_ALIGNED_BUFFER_H_
 
@@ -11,9 +11,9 @@ namespace dlrm_deploy {
 // Memory on cache lines that grows and never shrinks; its content does not outlive a growth.
 class AlignedBuffer {
  public:
-  // At least `bytes`, or null when memory runs out. Does not throw.
+  // At least `bytes`, also where that is 0, or null when memory runs out.
   void* Reserve(size_t bytes) noexcept {
-    if (bytes > bytes_) {
+    if (bytes > bytes_ || memory_ == nullptr) {
       memory_.reset();
       bytes_ = 0;
       memory_.reset(::operator new(bytes, kAlignment, std::nothrow));

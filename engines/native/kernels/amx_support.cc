@@ -14,6 +14,11 @@ namespace {
 bool CpuHasAmx() {
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;  // 7.0, EDX
   constexpr unsigned kAvx512Bf16 = 1u << 5;                                          // 7.1, EAX
+  // AVX-512 itself by the compiler's way, which asks the operating system too.
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl")) {
+    return false;
+  }
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   const unsigned tiles = kAmxBf16 | kAmxTile | kAmxInt8;

@@ -4,8 +4,10 @@
 
 namespace dlrm_deploy {
 
-// The CPU has AMX with bf16 and int8 and conversions to bf16, and the operating system lets this
-// process use tiles. It is asked for that once: tile registers have to be requested.
+// All that the files compiled for AMX use: the CPU has AMX with bf16 and int8, AVX-512 and its
+// conversions to bf16, and the operating system lets this process use tiles. It is asked for that
+// once: tile registers have to be requested, and a process that has them needs larger signal
+// stacks.
 bool SupportsAmx();
 
 }  // namespace dlrm_deploy

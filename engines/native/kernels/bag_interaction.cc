@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <string>
 
 #include "kernels/aligned_buffer.h"
 #include "kernels/prepared_bags.h"
+#include "kernels/scratch.h"
 
 namespace dlrm_deploy {
 namespace {
@@ -27,10 +27,6 @@ int64_t SamplesPerBlock(double sample_bytes, int64_t batch) {
   const int64_t most = static_cast<int64_t>(fitting);
   const int64_t blocks = (batch - 1) / most + 1;
   return (batch - 1) / blocks + 1;
-}
-
-std::string OutOfMemory(size_t bytes) {
-  return "out of memory for a scratch of " + std::to_string(bytes) + " bytes";
 }
 
 }  // namespace
@@ -63,8 +59,8 @@ Error RunBagInteraction(const EmbeddingBag& bag, const EmbeddingBagInputs& input
       sizeof(float);
   std::atomic<bool> out_of_memory{false};
   auto run = [&](size_t index) {
-    thread_local AlignedBuffer buffer;
-    float* scratch = static_cast<float*>(buffer.Reserve(scratch_bytes));
+    const Scratch memory(scratch_bytes);
+    float* scratch = static_cast<float*>(memory.data());
     if (scratch == nullptr) {
       out_of_memory.store(true, std::memory_order_relaxed);
       return;

@@ -45,15 +45,16 @@ const std::vector<KernelPath>& AllKernelPaths() {
 const KernelPath* ChooseKernelPath(const char* name, std::string* error) {
   const bool any = name == nullptr || *name == '\0';
   std::string reason = "is not one that this library has";
+  for (const KernelPath& path : AllKernelPaths()) {
+    if (!any && std::strcmp(name, path.name) != 0) continue;
+    // No other path is asked: "amx" would request tile registers for the whole process.
+    if (path.supported()) return &path;
+    reason = "is not supported by this CPU and its operating system";
+  }
   std::string supported;
   for (const KernelPath& path : AllKernelPaths()) {
-    const bool wanted = any || std::strcmp(name, path.name) == 0;
-    if (path.supported()) {
-      if (wanted) return &path;
+    if (path.supported())
       supported += supported.empty() ? path.name : std::string(", ") + path.name;
-    } else if (wanted && !any) {
-      reason = "is not supported by this CPU";
-    }
   }
   *error = std::string("kernel path \"") + name + "\" " + reason + "; choose from: " + supported;
   return nullptr;

@@ -2,20 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
+
+#include "kernels/scratch.h"
 
 namespace dlrm_deploy {
 namespace {
 
 // Bytes read and written by one block, 5 to 10 us of work.
 constexpr int64_t kBlockBytes = 128 * 1024;
-constexpr int64_t kStackFloats = 4096;  // holds the scratch of the usual models, e.g. 27 x 64
-constexpr std::align_val_t kAlignment{64};
-
-struct AlignedDelete {
-  void operator()(float* floats) const { ::operator delete(floats, kAlignment); }
-};
 
 bool Multiply(int64_t a, int64_t b, int64_t* product) {
   return !__builtin_mul_overflow(a, b, product);
@@ -23,8 +17,8 @@ bool Multiply(int64_t a, int64_t b, int64_t* product) {
 
 }  // namespace
 
-std::optional<std::string> MakeInteractionShape(int64_t slots, int64_t width, bool self_interaction,
-                                                InteractionShape* shape) {
+Error MakeInteractionShape(int64_t slots, int64_t width, bool self_interaction,
+                           InteractionShape* shape) {
   constexpr int64_t kMostVectors = int64_t{1} << 31;  // keeps V * (V + 1) inside 64 bits
   const auto too_large = [&] {
     return std::to_string(slots) + " embeddings of width " + std::to_string(width) +
@@ -46,10 +40,9 @@ std::optional<std::string> MakeInteractionShape(int64_t slots, int64_t width, bo
   return {};
 }
 
-std::optional<std::string> RunDotInteraction(const InteractionShape& shape, const float* dense,
-                                             const float* embeddings, int64_t batch,
-                                             const KernelPath& path, const BlockRunner& runner,
-                                             float* out) {
+Error RunDotInteraction(const InteractionShape& shape, const float* dense, const float* embeddings,
+                        int64_t batch, const KernelPath& path, const BlockRunner& runner,
+                        float* out) {
   if (batch == 0) return {};
   const double sample_bytes =
       sizeof(float) * (static_cast<double>(shape.vectors) * static_cast<double>(shape.width) +
@@ -58,33 +51,24 @@ std::optional<std::string> RunDotInteraction(const InteractionShape& shape, cons
       static_cast<int64_t>(static_cast<double>(kBlockBytes) / std::max(1.0, sample_bytes)), 1,
       batch);
   const int64_t blocks = batch / samples_per_block + (batch % samples_per_block != 0);
-  const int64_t scratch_floats = shape.stride * shape.scratch_width;
+  const size_t scratch_bytes =
+      static_cast<size_t>(shape.stride * shape.scratch_width) * sizeof(float);
   const int64_t embeddings_width = (shape.vectors - 1) * shape.width;
 
   std::atomic<bool> out_of_memory{false};
   auto interact = [&](size_t index) {
     const int64_t first = static_cast<int64_t>(index) * samples_per_block;
-    alignas(64) float on_stack[kStackFloats];
-    std::unique_ptr<float, AlignedDelete> on_heap;
-    float* scratch = on_stack;
-    if (scratch_floats > kStackFloats) {
-      const size_t bytes = static_cast<size_t>(scratch_floats) * sizeof(float);
-      on_heap.reset(static_cast<float*>(::operator new(bytes, kAlignment, std::nothrow)));
-      if (on_heap == nullptr) {
-        out_of_memory.store(true, std::memory_order_relaxed);
-        return;
-      }
-      scratch = on_heap.get();
+    const Scratch scratch(scratch_bytes);
+    if (scratch.data() == nullptr) {
+      out_of_memory.store(true, std::memory_order_relaxed);
+      return;
     }
     path.interact(shape, dense + first * shape.width, embeddings + first * embeddings_width,
-                  std::min(samples_per_block, batch - first), scratch,
+                  std::min(samples_per_block, batch - first), static_cast<float*>(scratch.data()),
                   out + first * shape.output_width);
   };
   runner.ForEachBlock(static_cast<size_t>(blocks), interact);
-  if (out_of_memory.load()) {
-    return "out of memory for the scratch of " + std::to_string(scratch_floats) + " floats";
-  }
-  return {};
+  return out_of_memory.load() ? OutOfMemory(scratch_bytes) : Error();
 }
 
 }  // namespace dlrm_deploy

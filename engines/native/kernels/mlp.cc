@@ -5,6 +5,8 @@
 #include <cstring>
 #include <new>
 
+#include "kernels/scratch.h"
+
 namespace dlrm_deploy {
 namespace {
 
@@ -28,12 +30,6 @@ int64_t BlockRows(int64_t batch, size_t weight_bytes) {
   if (batch <= 128) return 32;
   if (batch <= 256) return 64;
   return 128;
-}
-
-// This thread's scratch, kept from call to call.
-AlignedBuffer& ThreadScratch() {
-  thread_local AlignedBuffer buffer;
-  return buffer;
 }
 
 void PackLayer(const MlpWeights& from, const MlpLayer& layer, uint16_t* weights, float* bias) {
@@ -122,19 +118,16 @@ Error PackedMlp::RunBlocks(const KernelPath& path, const float* x, int64_t batch
   std::atomic<bool> out_of_memory{false};
   auto run = [&](size_t block) {
     const int64_t first = static_cast<int64_t>(block) * rows;
-    void* const scratch = ThreadScratch().Reserve(bytes);
-    if (scratch == nullptr) {
+    const Scratch scratch(bytes);
+    if (scratch.data() == nullptr) {
       out_of_memory.store(true, std::memory_order_relaxed);
       return;
     }
     RunRows(path, x + first * inputs(), std::min(rows, batch - first), y + first * outputs(),
-            scratch);
+            scratch.data());
   };
   runner.ForEachBlock(static_cast<size_t>(CeilDivide(batch, rows)), run);
-  if (out_of_memory.load()) {
-    return "out of memory for a scratch of " + std::to_string(bytes) + " bytes";
-  }
-  return {};
+  return out_of_memory.load() ? OutOfMemory(bytes) : Error();
 }
 
 Error PackedMlp::RunSplitLayers(const KernelPath& path, const float* x, int64_t batch,
@@ -142,7 +135,8 @@ Error PackedMlp::RunSplitLayers(const KernelPath& path, const float* x, int64_t 
   const size_t bytes = ActivationBytes(batch);
   AlignedBuffer shared;
   char* from = static_cast<char*>(shared.Reserve(2 * bytes));
-  std::atomic<bool> out_of_memory{from == nullptr};
+  if (from == nullptr) return OutOfMemory(2 * bytes);
+  std::atomic<bool> out_of_memory{false};
   char* to = from + bytes;
   for (size_t l = 0; l < layers_.size() && !out_of_memory.load(); ++l) {
     const MlpLayer& layer = layers_[l];
@@ -155,9 +149,10 @@ Error PackedMlp::RunSplitLayers(const KernelPath& path, const float* x, int64_t 
       task.count = 1;
       task.rows = batch;
       task.from = from;
+      const Scratch inputs(l == 0 ? bytes : 0);
       if (l == 0) {
         task.x = x;  // each thread converts the inputs for itself: they are few
-        task.from = ThreadScratch().Reserve(bytes);
+        task.from = inputs.data();
         if (task.from == nullptr) {
           out_of_memory.store(true, std::memory_order_relaxed);
           return;
@@ -172,10 +167,7 @@ Error PackedMlp::RunSplitLayers(const KernelPath& path, const float* x, int64_t 
     runner.ForEachBlock(static_cast<size_t>(CeilDivide(layer.n_tiles, tiles)), run);
     std::swap(from, to);
   }
-  if (out_of_memory.load()) {
-    return "out of memory for a scratch of " + std::to_string(2 * bytes) + " bytes";
-  }
-  return {};
+  return out_of_memory.load() ? OutOfMemory(bytes) : Error();
 }
 
 Error PackedMlp::Run(const KernelPath& path, const float* x, int64_t batch,

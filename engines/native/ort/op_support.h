@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <exception>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/error.h"
@@ -119,12 +120,26 @@ auto Required(const char* name, const Read& read) {
   }
 }
 
+// Whether a node has the attribute, of whatever type: read as ints, one of another type is empty.
+inline bool Present(const Ort::ConstKernelInfo& info, const char* name) {
+  try {
+    info.GetAttributes<int64_t>(name);
+    return true;
+  } catch (const Ort::Exception&) {
+    return false;
+  }
+}
+
+// Throws where the attribute is there and of another type: what its author meant would be ignored.
 template <typename T>
 T AttributeOr(const Ort::ConstKernelInfo& info, const char* name, T otherwise) {
   try {
     return info.GetAttribute<T>(name);
   } catch (const Ort::Exception&) {
-    return otherwise;
+    if (!Present(info, name)) return otherwise;
+    throw Ort::Exception(std::string("attribute ") + name + " is of another type than " +
+                             (std::is_same_v<T, std::string> ? "string" : "int"),
+                         ORT_INVALID_ARGUMENT);
   }
 }
 
