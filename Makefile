@@ -72,7 +72,8 @@ sanitize-address sanitize-thread: sanitize-%: $(VENV)/ready
 		-DDLRM_DEPLOY_WERROR=ON
 	$(BIN)/cmake --build build/$* --parallel 2
 	$(FIXED_ADDRESSES) $(BIN)/ctest --test-dir build/$* --output-on-failure
-	$(if $(filter address,$*),$(IN_ADDRESS_SANITIZER) $(BIN)/python -m pytest tests/engines/native/test_custom_ops.py)
+	$(if $(filter address,$*),$(IN_ADDRESS_SANITIZER) $(BIN)/python -m pytest \
+		$(addprefix tests/engines/native/test_,custom_ops.py fused_ops.py mlp.py))
 
 clean:
 	rm -rf build $(VENV)

@@ -4,29 +4,15 @@
 
 #include <immintrin.h>
 
+#include "kernels/amx_tiles.h"
+
 namespace dlrm_deploy {
 namespace {
 
-// As LDTILECFG reads it: eight tiles of 16 rows of 64 bytes.
-struct alignas(64) TileConfig {
-  uint8_t palette;
-  uint8_t start_row;
-  uint8_t reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
 // Tiles 4 to 7 from 1 KB at `values`, tiles 0 to 3 zero.
 void LoadTiles(const void* values) {
-  TileConfig config = {};
-  config.palette = 1;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = 16;
-  }
-  // GCC's tile intrinsics do not tell the compiler which memory they read.
-  asm volatile("" : : "r"(&config), "r"(values) : "memory");
-  _tile_loadconfig(&config);
+  ConfigureTiles(16);
+  Publish(values);
   _tile_loadd(4, values, 64);
   _tile_loadd(5, values, 64);
   _tile_loadd(6, values, 64);

@@ -10,6 +10,7 @@
 // units idle.
 #include <immintrin.h>
 
+#include "kernels/amx_tiles.h"
 #include "kernels/mlp_path.h"
 
 namespace dlrm_deploy {
@@ -18,32 +19,6 @@ namespace {
 constexpr int64_t kTile = kMlpTileValues;
 constexpr int kRows = kMlpTileRows;
 constexpr int kSums = kMlpTileRows * kMlpTileColumns;
-
-// As LDTILECFG reads it.
-struct alignas(64) TileConfig {
-  uint8_t palette;
-  uint8_t start_row;
-  uint8_t reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
-// What the compiler may not move or drop stores across: GCC's tile intrinsics do not tell it which
-// memory they read.
-inline void Publish(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
-
-// Accumulators 0 to 3 and activations 4 have `rows` rows. 5 holds activations in a block of 32
-// samples, where all rows are 16, else weights like 6 and 7.
-void ConfigureTiles(int rows) {
-  TileConfig config = {};
-  config.palette = 1;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = static_cast<uint8_t>(tile <= 4 ? rows : kRows);
-  }
-  Publish(&config);
-  _tile_loadconfig(&config);
-}
 
 inline __m512i RoundPair(__m512 low, __m512 high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
@@ -324,6 +299,8 @@ void RunMlpAmx(const MlpTask& task) {
   if (task.x != nullptr) {
     ConvertInputs(task.x, task.layers[0].inputs, rows, task.layers[0].k_tiles, from);
   }
+  // Accumulators 0 to 3 and activations 4 have as many rows as there are samples. 5 holds
+  // activations in a block of 32 samples, where all rows are 16, else weights like 6 and 7.
   ConfigureTiles(rows.per_tile);
   for (int64_t l = 0; l < task.count; ++l) {
     const MlpLayer& layer = task.layers[l];

@@ -150,6 +150,16 @@ TEST(BagInteraction, ABadIdIsNamedAsByTheBagsAlone) {
   }
 }
 
+TEST(BagInteraction, VectorsOfNoColumnsHaveProductsOfZero) {
+  const BagCase c = MakeCase("no columns", {{1, 2, 0}, {0, 1, 1}}, {4, 5}, 0);
+  for (const KernelPath& path : AllKernelPaths()) {
+    if (!path.supported()) continue;
+    const FusedResult result = RunFused<int64_t>(c, {}, false, false, path, 1);
+    EXPECT_FALSE(result.error) << path.name << ": " << *result.error;
+    EXPECT_EQ(result.interactions, std::vector<float>(9, 0.0f)) << path.name;
+  }
+}
+
 TEST(BagInteraction, NanStaysInItsSample) {
   const std::vector<std::vector<int64_t>> ones(3, std::vector<int64_t>(90, 1));
   BagCase c = MakeCase("nan", ones, {90, 5, 5}, 16);

@@ -17,7 +17,7 @@ def native() -> Native:
     return Native()
 
 
-@pytest.fixture(scope="session", params=["avx512", "avx2", "scalar"])
+@pytest.fixture(scope="session", params=["amx", "avx512", "avx2", "scalar"])
 def path(request: pytest.FixtureRequest, native: Native) -> str:
     """Each kernel path that this CPU supports, by name."""
     if request.param not in native.kernel_paths():

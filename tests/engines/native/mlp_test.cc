@@ -1,6 +1,8 @@
 #include "kernels/mlp.h"
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -331,6 +333,37 @@ TEST(Mlp, SubnormalNumbersAreKeptOrAsAmxDoesTakenForZero) {
   for (float& value : x) value = 1e-20f;
   for (float& weight : chain.weights[0]) weight = ToBf16(1e-20f);
   ExpectRight(chain, x, 20, "subnormal products");
+}
+
+TEST(Mlp, BehindAReluANegativeZeroIsAZeroOfEitherSign) {
+  Chain chain = RandomChain({2, 3, 3}, true, 1);
+  for (std::vector<float>& weights : chain.weights) {
+    for (float& weight : weights) weight = ToBf16(1e-30f);
+  }
+  for (std::vector<float>& bias : chain.biases) bias = {-0.0f, -1e-30f, -1.0f};
+  const PackedMlp mlp = Pack(chain);
+  for (const KernelPath& path : AllKernelPaths()) {
+    if (!path.supported()) continue;
+    // Products that underflow to -0 are the only sums that are -0.
+    EXPECT_EQ(OutputsOf(mlp, path, {-1e-30f, -1e-30f}, 1), std::vector<float>(3, 0.0f))
+        << path.name;
+  }
+}
+
+TEST(Mlp, AForkedChildRunsOnEveryPath) {
+  const Chain chain = RandomChain({40, 33, 5}, true, 2);
+  const PackedMlp mlp = Pack(chain);
+  const std::vector<float> x = RandomInputs(20 * 40, 4);
+  for (const KernelPath& path : AllKernelPaths()) {
+    if (!path.supported()) continue;
+    const std::vector<float> expected = OutputsOf(mlp, path, x, 20);
+    const pid_t child = fork();
+    ASSERT_GE(child, 0);
+    if (child == 0) _exit(OutputsOf(mlp, path, x, 20) == expected ? 0 : 1);
+    int status = 0;
+    ASSERT_EQ(waitpid(child, &status, 0), child);
+    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << path.name << " " << status;
+  }
 }
 
 TEST(Mlp, SizesThatMakeNoLayerAreRefused) {

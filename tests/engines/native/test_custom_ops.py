@@ -114,6 +114,8 @@ def test_bad_inputs_are_errors_that_say_what_is_wrong(changed, message):
         ({"features": [3]}, r"feature 3 of slot 0 is outside \[0, 1\)"),
         ({"num_features": 0}, "num_features is 0, expected at least 1"),
         ({"index_policy": "wrap"}, "expected error, clamp, modulo or zero"),
+        ({"index_policy": 1}, "attribute index_policy is of another type than string"),
+        ({"feature_names": [1, 2]}, "attribute feature_names is of another type than string"),
         ({"feature_names": "a\nb"}, "attribute feature_names has 2 values, expected one per feature: 1"),
         ({"pooling_factors": [1, 2]}, "attribute pooling_factors has 2 values, expected one per feature: 1"),
         ({"divisors": [1, 1]}, "attribute divisors has 2 values, expected one per slot: 1"),
@@ -187,3 +189,19 @@ def test_an_unknown_kernel_path_in_the_environment_is_refused_when_the_library_i
     done = in_process(REGISTER, "mmx")
     assert done.returncode != 0
     assert 'DLRM_DEPLOY_KERNEL: kernel path "mmx" is not one that this library has; choose from:' in done.stderr
+
+
+TILE_PERMISSION = """
+import ctypes, dlrm_deploy
+ctypes.CDLL(dlrm_deploy.get_library_path()).dlrm_deploy_kernel_path()
+ARCH_PRCTL, ARCH_GET_XCOMP_PERM, TILE_DATA = 158, 0x1022, 18
+features = ctypes.c_uint64()
+assert ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_GET_XCOMP_PERM, ctypes.byref(features)) == 0
+print(features.value >> TILE_DATA & 1)
+"""
+
+
+def test_only_the_amx_path_asks_the_system_for_tile_registers(native):
+    if "amx" not in native.kernel_paths():
+        pytest.skip("this CPU does not support amx")
+    assert [in_process(TILE_PERMISSION, path).stdout.strip() for path in ("amx", "avx512", "scalar")] == ["1", "0", "0"]

@@ -91,6 +91,8 @@ def test_bad_inputs_are_errors_that_say_what_is_wrong(changed, message):
         ({"formats": None}, "attribute width is 4, expected the embedding width where formats is given"),
         ({"width": None}, "attribute width is 0, expected the embedding width where formats is given"),
         ({"width": -4}, "attribute width is -4, expected 1 to"),
+        ({"width": 4.0}, "attribute width is of another type than int"),
+        ({"self_interaction": "no"}, "attribute self_interaction is of another type than int"),
         ({"self_interaction": 2}, "attribute self_interaction is 2, expected 0 or 1"),
     ],
 )

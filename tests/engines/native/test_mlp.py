@@ -178,8 +178,9 @@ def test_models_whose_weights_are_no_chain_do_not_load():
     ]:
         with pytest.raises(Exception, match=message):
             open_session(one_node_model(wrong))
-    with pytest.raises(Exception, match="attribute relu_last is 2, expected 0 or 1"):
-        open_session(one_node_model(layers, relu_last=2))
+    for relu_last, message in [(2, "is 2, expected 0 or 1"), (0.0, "is of another type than int")]:
+        with pytest.raises(Exception, match=f"attribute relu_last {message}"):
+            open_session(one_node_model(layers, relu_last=relu_last))
 
 
 def test_weights_and_biases_of_another_type_or_number_do_not_load():
