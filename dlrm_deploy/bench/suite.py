@@ -10,6 +10,7 @@ Main path: `measure_all` -> `run_bench` for each model -> `load_test` -> `report
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -220,4 +221,5 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # being terminated removes the temporary folders too
     main()

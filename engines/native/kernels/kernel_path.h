@@ -5,7 +5,8 @@
 //
 // This header is included by files compiled with -mavx2 or -mavx512f. It must stay free of inline
 // functions and of standard headers that define some: the linker keeps one copy of each, and if it
-// kept the AVX-512 one the scalar path would crash on an older CPU.
+// kept the AVX-512 one the scalar path would crash on an older CPU. The test no_shared_code
+// holds this for all such files.
 #ifndef DLRM_DEPLOY_KERNELS_KERNEL_PATH_H_
 #define DLRM_DEPLOY_KERNELS_KERNEL_PATH_H_
 

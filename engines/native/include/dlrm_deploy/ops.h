@@ -51,8 +51,8 @@ DLRM_DEPLOY_API const char* dlrm_deploy_last_error(void);
  * CPU supports. NULL when the variable names one that cannot be used. */
 DLRM_DEPLOY_API const char* dlrm_deploy_kernel_path(void);
 
-/* The paths this CPU supports, fastest first, joined by commas, e.g. "avx512,avx2,scalar". NULL when
- * memory ran out. */
+/* The paths this CPU supports, fastest first, joined by commas, e.g. "avx512,avx2,scalar". NULL
+ * when memory ran out. */
 DLRM_DEPLOY_API const char* dlrm_deploy_kernel_paths(void);
 
 /* TableBatchedEmbeddingBag: inputs and attributes as in docs/operators.md. F features, T slots. */
