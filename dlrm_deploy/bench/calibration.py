@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from dlrm_deploy.bench.gather import GatherRows, calibrate_gather_rows
+from dlrm_deploy.bench.gather import GatherRows, at_random, calibrate_gather_rows
 from dlrm_deploy.engines import library
 from dlrm_deploy.errors import EngineError
 
@@ -39,26 +39,39 @@ class Calibration:
     """Reading memory from one end to the other."""
 
     gather: dict[int, float]
-    """By bytes of a row: GB/s of reading the very rows that the batches read, from the mapped tables."""
+    """By bytes of a row: GB/s of reading rows anywhere in the mapped table of the model."""
+
+    gather_replayed: dict[int, float]
+    """The same for the very rows that the batches read: faster where those lie in small tables or come again."""
 
 
-def measure_calibration(threads: int, rows: Sequence[GatherRows]) -> Calibration:
+def measure_calibration(
+    threads: int, rows: Sequence[GatherRows], random_rows: Sequence[GatherRows] | None = None
+) -> Calibration:
     """Run the loops of the native library.
 
     Args:
         threads: of each loop.
-        rows: what to gather; of several with as many bytes a row the longest list counts.
+        rows: what the batches read; of several with as many bytes a row the longest list counts.
+        random_rows: `at_random` of each; drawn here if left out.
 
     Raises:
         EngineError: the native library is not there.
     """
-    by_size = {part.row_bytes: part for part in sorted(rows, key=lambda part: part.rows.size)}
+    if random_rows is None:
+        random_rows = [at_random(part) for part in rows]
+
+    def gather(parts: Sequence[GatherRows]) -> dict[int, float]:
+        by_size = {part.row_bytes: part for part in sorted(parts, key=lambda part: part.rows.size)}
+        return {size: calibrate_gather_rows(by_size[size], threads, MILLISECONDS) for size in sorted(by_size)}
+
     return Calibration(
         fma_gflops=library.calibrate_fma(threads, MILLISECONDS),
         amx_bf16_gflops=_amx("bf16", threads),
         amx_int8_gops=_amx("int8", threads),
         stream_gb_per_s=library.calibrate_read(BUFFER_BYTES, threads, MILLISECONDS),
-        gather={size: calibrate_gather_rows(part, threads, MILLISECONDS) for size, part in sorted(by_size.items())},
+        gather=gather(random_rows),
+        gather_replayed=gather(rows),
     )
 
 
@@ -76,10 +89,14 @@ def median_calibration(calibrations: Sequence[Calibration]) -> Calibration:
         measured = [value for value in values if value is not None]
         return median(measured) if measured else None
 
+    def gather(rates: Sequence[dict[int, float]]) -> dict[int, float]:
+        return {size: median(rate[size] for rate in rates) for size in rates[0]}
+
     return Calibration(
         fma_gflops=median(c.fma_gflops for c in calibrations),
         amx_bf16_gflops=amx([c.amx_bf16_gflops for c in calibrations]),
         amx_int8_gops=amx([c.amx_int8_gops for c in calibrations]),
         stream_gb_per_s=median(c.stream_gb_per_s for c in calibrations),
-        gather={size: median(c.gather[size] for c in calibrations) for size in calibrations[0].gather},
+        gather=gather([c.gather for c in calibrations]),
+        gather_replayed=gather([c.gather_replayed for c in calibrations]),
     )

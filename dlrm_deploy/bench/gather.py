@@ -33,6 +33,12 @@ class GatherRows(NamedTuple):
     """In the order in which they are read."""
 
 
+def at_random(what: GatherRows) -> GatherRows:
+    """As many rows as `MOST_ROWS`, anywhere in the same table, each row alike."""
+    rows = np.random.default_rng(0).integers(0, what.memory.size // what.row_bytes, MOST_ROWS, dtype=np.uint32)
+    return GatherRows(what.memory, what.row_bytes, rows)
+
+
 def touch_pages(array: npt.NDArray[np.generic]) -> None:
     """Read something of every page of an array, so that later reads of a mapping cost no page faults."""
     array.reshape(-1).view(np.uint8)[::_PAGE_BYTES].sum(dtype=np.int64)

@@ -112,16 +112,16 @@ def split(batch: Batch, batch_size: int) -> list[Batch]:
 
 def touching_batches(config: ModelConfig, index_dtype: np.dtype[Any]) -> Iterator[Batch]:
     """Batches that together read at least one row in every page of every table."""
-    pages_F = [_page_ids(config, feature).size for feature in config.features]
-    bags_F = [-(-pages // f.longest_bag) for pages, f in zip(pages_F, config.features, strict=True)]
+    pages_F = [_page_ids(config, feature) for feature in config.features]
+    bags_F = [-(-pages.size // f.longest_bag) for pages, f in zip(pages_F, config.features, strict=True)]
     for start in range(0, max(bags_F), _TOUCH_SAMPLES):
         samples = min(_TOUCH_SAMPLES, max(bags_F) - start)
         ids = []
-        for feature in config.features:
+        for pages, feature in zip(pages_F, config.features, strict=True):
             L = feature.longest_bag
-            # np.take with wrap: a small table is read again from its first page.
-            positions = np.arange(start * L, (start + samples) * L)
-            ids.append(_page_ids(config, feature).take(positions, mode="wrap"))
+            # A small table is read again from its first page. (np.take's own wrapping subtracts its way down.)
+            positions = np.arange(start * L, (start + samples) * L) % pages.size
+            ids.append(pages[positions])
         lengths = np.repeat([feature.longest_bag for feature in config.features], samples)
         indices = np.concatenate(ids).astype(index_dtype)
         yield Batch(

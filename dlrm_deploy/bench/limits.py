@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bench.calibration import Calibration, measure_calibration, median_calibration
-from dlrm_deploy.bench.gather import GatherRows, gather_rows, touch_pages
+from dlrm_deploy.bench.gather import GatherRows, at_random, gather_rows, touch_pages
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.errors import EngineError
 from dlrm_deploy.formats import RowFormat
@@ -23,6 +23,7 @@ class Limits:
         """Why nothing is measured, or None."""
 
         self._rows: list[GatherRows] = []
+        self._random_rows: dict[int, GatherRows] = {}
         self._measured: list[Calibration] = []
         self._touched = False
 
@@ -39,12 +40,15 @@ class Limits:
         self._rows = [
             rows for choice in different.values() for rows in gather_rows(self._config, choice, self._matrices, batches)
         ]
+        for rows in self._rows:
+            if rows.row_bytes not in self._random_rows:
+                self._random_rows[rows.row_bytes] = at_random(rows)
 
     def measure(self) -> None:
         """Run the loops once."""
         if self.missing is None:
             try:
-                self._measured.append(measure_calibration(self._threads, self._rows))
+                self._measured.append(measure_calibration(self._threads, self._rows, [*self._random_rows.values()]))
             except EngineError as err:
                 self.missing = str(err)
 

@@ -72,22 +72,27 @@ class OverFloor:
     floor_overlap_ms: float
     """The same with both at once: the longer of the two."""
 
+    floor_strict_ms: float
+    """Both at once, with the rate of the very rows of the batches instead of rows anywhere in the table."""
+
     times_floor: float
     """Median over rounds of (the engine's median time per call / `floor_ms` of that round)."""
 
     times_floor_overlap: float
+    times_floor_strict: float
 
 
 def over_floor(rounds: Sequence[Nanoseconds], floors: Sequence[Floor]) -> OverFloor:
     """Compare the calls of each round with the floor calibrated before it."""
     medians_ms = np.array([np.median(calls) for calls in rounds]) / _NS_PER_MS
-    sums = np.array([floor.sum_ms for floor in floors])
-    overlaps = np.array([floor.overlap_ms for floor in floors])
+    sums, overlaps, stricts = np.array([(floor.sum_ms, floor.overlap_ms, floor.strict_ms) for floor in floors]).T
     return OverFloor(
         floor_ms=float(np.median(sums)),
         floor_overlap_ms=float(np.median(overlaps)),
+        floor_strict_ms=float(np.median(stricts)),
         times_floor=float(np.median(medians_ms / sums)),
         times_floor_overlap=float(np.median(medians_ms / overlaps)),
+        times_floor_strict=float(np.median(medians_ms / stricts)),
     )
 
 

@@ -1,7 +1,9 @@
 """What a sample costs at least: bytes of table rows to gather and operations to compute, and the floor they make.
 
 The floor is a yardstick, not a prediction: rows are gathered at the rate of a loop that does nothing else, operations
-run at the rate of a loop in registers. `Floor.sum_ms` does one after the other; `Floor.overlap_ms` both at once.
+run at the rate of a loop in registers. `Floor.sum_ms` does one after the other with rows anywhere in the table;
+`Floor.overlap_ms` both at once; `Floor.strict_ms` both at once with the very rows of the batches, which may lie in
+small tables or caches. Nothing can be faster than that.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ class Floor(NamedTuple):
     """Milliseconds for a batch at the rates of one moment."""
 
     gather_ms: float
+    """At the rate of rows anywhere in the table."""
+
     compute_ms: float
+    replay_ms: float
+    """At the rate of the very rows of the batches."""
 
     @property
     def sum_ms(self) -> float:
@@ -53,14 +59,25 @@ class Floor(NamedTuple):
     def overlap_ms(self) -> float:
         return max(self.gather_ms, self.compute_ms)
 
+    @property
+    def strict_ms(self) -> float:
+        return max(self.replay_ms, self.compute_ms)
+
 
 def floor_of(work: Work, calibration: Calibration, batch_size: int) -> Floor:
     """The floor of a batch. bf16 runs at the AMX rate; where there is no AMX, at that of fp32 multiply-adds."""
-    gather_ns = sum(count / calibration.gather[size] for size, count in work.gathered.items())
+
+    def gather_ms(rates: Mapping[int, float]) -> float:
+        return sum(count / rates[size] for size, count in work.gathered.items()) * batch_size * 1e-6
+
     rate = calibration.fma_gflops
     if work.mlp == "bf16" and calibration.amx_bf16_gflops is not None:
         rate = calibration.amx_bf16_gflops
-    return Floor(gather_ns * batch_size * 1e-6, work.flops / rate * batch_size * 1e-6)
+    return Floor(
+        gather_ms=gather_ms(calibration.gather),
+        compute_ms=work.flops / rate * batch_size * 1e-6,
+        replay_ms=gather_ms(calibration.gather_replayed),
+    )
 
 
 def work_of(config: ModelConfig, formats: Mapping[str, RowFormat], mlp: str, batches: Sequence[Batch]) -> Work:

@@ -75,7 +75,12 @@ def _report(
         "calibration_missing": None if calibrated else "no library",
     }
     calibration = Calibration(
-        fma_gflops=200.0, amx_bf16_gflops=None, amx_int8_gops=None, stream_gb_per_s=10.0, gather={64: 5.0}
+        fma_gflops=200.0,
+        amx_bf16_gflops=None,
+        amx_int8_gops=None,
+        stream_gb_per_s=10.0,
+        gather={64: 5.0},
+        gather_replayed={64: 8.0},
     )
     work = Work(gathered={64: 640.0}, flops=20_000.0, mlp="fp32")
     rows = []

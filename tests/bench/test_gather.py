@@ -5,7 +5,7 @@ import pytest
 from bundles import CONFIGS
 
 from dlrm_deploy.batch import Batch
-from dlrm_deploy.bench.gather import GatherRows, calibrate_gather_rows, gather_rows, touch_pages
+from dlrm_deploy.bench.gather import GatherRows, at_random, calibrate_gather_rows, gather_rows, touch_pages
 from dlrm_deploy.config import FeatureConfig, ModelConfig
 from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.errors import EngineError
@@ -56,6 +56,13 @@ def test_the_rows_are_those_that_the_batches_read_in_their_order():
     one_batch = [1, 2, 10 + 4 % 3, 10, 10 + 5 % 3]
     np.testing.assert_array_equal(found.rows, one_batch * 2)
     assert (found.row_bytes, found.memory.size) == (64, 15 * 64)
+
+
+def test_random_rows_lie_anywhere_in_the_table():
+    what = GatherRows(np.ones(20 * 50 + 19, np.uint8), 20, np.array([3], np.uint32))
+    found = at_random(what)
+    assert set(found.rows.tolist()) == set(range(50))
+    assert (found.row_bytes, found.memory is what.memory, found.rows.dtype) == (20, True, np.uint32)
 
 
 def test_each_format_has_rows_of_its_own_size_and_matrix():

@@ -61,10 +61,14 @@ def test_without_calibration_the_floor_is_null_not_missing(make_report):
 
 
 def test_the_floor_is_compared_round_by_round():
-    floors = [Floor(gather_ms=1.0, compute_ms=1.0), Floor(gather_ms=9.0, compute_ms=1.0)]
+    floors = [
+        Floor(gather_ms=1.0, compute_ms=1.0, replay_ms=0.5),
+        Floor(gather_ms=9.0, compute_ms=1.0, replay_ms=3.0),
+    ]
     found = over_floor(rounds([4], [30]), floors)  # 2 and 3 times the sum, 4 and 3.33 times the longer part
     assert (found.floor_ms, found.times_floor) == pytest.approx((6.0, 2.5))
     assert (found.floor_overlap_ms, found.times_floor_overlap) == pytest.approx((5.0, (4 + 30 / 9) / 2))
+    assert (found.floor_strict_ms, found.times_floor_strict) == pytest.approx((2.0, (4 + 10) / 2))
 
 
 def test_each_json_line_is_complete_in_itself(make_report):
@@ -86,6 +90,8 @@ def test_each_json_line_is_complete_in_itself(make_report):
     assert lines[1]["floor_ms"] == pytest.approx(4 * (640 / 5 + 20_000 / 200) * 1e-6)
     assert lines[1]["floor_overlap_ms"] == pytest.approx(4 * 640 / 5 * 1e-6)
     assert lines[1]["times_floor"] == pytest.approx(2 / lines[1]["floor_ms"])
+    assert lines[1]["floor_strict_ms"] == pytest.approx(4 * 20_000 / 200 * 1e-6)
+    assert lines[1]["calibration"]["gather_replayed"] == {"64": 8.0}
     assert (lines[1]["bytes_per_sample"], lines[1]["flops_per_sample"]) == (640, 20_000)
     assert lines[1]["breakdown"] == {"Gemm": 0.75, "DotInteraction": 0.25}
     assert (lines[1]["load_seconds"], lines[1]["resident_bytes"]) == (0.5, 1000)

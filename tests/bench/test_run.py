@@ -23,6 +23,7 @@ def rates(fma: float, rows) -> Calibration:
         amx_int8_gops=None,
         stream_gb_per_s=10.0,
         gather={part.row_bytes: 5.0 for part in rows},
+        gather_replayed={part.row_bytes: 6.0 for part in rows},
     )
 
 
@@ -30,7 +31,7 @@ def rates(fma: float, rows) -> Calibration:
 def small_and_quick(monkeypatch):
     monkeypatch.setattr("dlrm_deploy.bench.inputs.GATHERED_BYTES", 1 << 12)
     monkeypatch.setattr("dlrm_deploy.bench.measure.SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(limits, "measure_calibration", lambda threads, rows: rates(200.0, rows))
+    monkeypatch.setattr(limits, "measure_calibration", lambda threads, rows, random_rows: rates(200.0, rows))
 
 
 def quick(**options: object) -> BenchSettings:
@@ -262,7 +263,7 @@ def test_engines_are_closed_after_a_failure(dot_bundle, engines):
 
 
 def test_without_the_native_library_the_report_says_why_there_is_no_calibration(dot_bundle, engines, monkeypatch):
-    def missing(threads, rows):
+    def missing(threads, rows, random_rows):
         raise EngineError("the native library is not there")
 
     monkeypatch.setattr(limits, "measure_calibration", missing)
@@ -274,7 +275,7 @@ def test_without_the_native_library_the_report_says_why_there_is_no_calibration(
 
 def test_calibration_is_taken_before_each_round(dot_bundle, engines, monkeypatch):
     moments = iter([1.0, 9.0, 2.0])
-    monkeypatch.setattr(limits, "measure_calibration", lambda threads, rows: rates(next(moments), rows))
+    monkeypatch.setattr(limits, "measure_calibration", lambda threads, rows, random_rows: rates(next(moments), rows))
     engines({"torch": Constant(dot_bundle, 0.5)})
     report = run_bench(dot_bundle, quick(engines=("torch",), batch_sizes=(1,), rounds=3))
     assert report.rows[0].calibration is not None

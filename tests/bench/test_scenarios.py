@@ -209,13 +209,17 @@ def test_without_loadgen_nothing_is_started(dot_bundle, monkeypatch):
 
 def test_an_interrupt_ends_the_child(dot_bundle, tmp_path):
     pytest.importorskip("mlperf_loadgen")
-    children: list[int] = []
+    children: set[int] = set()
+
+    def children_now() -> set[int]:
+        threads = Path(f"/proc/{os.getpid()}/task").iterdir()
+        return {int(pid) for thread in threads for pid in (thread / "children").read_text().split()}
+
+    before = children_now()  # such as multiprocessing's own, where a test has started any
 
     def interrupt(step: str) -> None:
         if "LoadGen test" in step:
-            own = Path(f"/proc/{os.getpid()}/task")
-            for thread in own.iterdir():
-                children.extend(int(pid) for pid in (thread / "children").read_text().split())
+            children.update(children_now() - before)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

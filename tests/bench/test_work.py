@@ -5,7 +5,7 @@ import pytest
 
 from dlrm_deploy.batch import Batch
 from dlrm_deploy.bench.calibration import Calibration
-from dlrm_deploy.bench.work import Floor, Work, floor_of, flops_per_sample, work_of
+from dlrm_deploy.bench.work import Work, floor_of, flops_per_sample, work_of
 from dlrm_deploy.data.random import random_batch
 from dlrm_deploy.presets import preset
 
@@ -35,20 +35,26 @@ def test_bytes_are_those_of_the_bags_measured():
     assert work_of(config, {}, "fp32", batches).bytes == 8 * 2 * 256
 
 
-CALIBRATION = Calibration(
-    fma_gflops=100.0, amx_bf16_gflops=1000.0, amx_int8_gops=None, stream_gb_per_s=1.0, gather={64: 4.0, 20: 2.0}
-)
+def calibration(amx: float | None) -> Calibration:
+    return Calibration(
+        fma_gflops=100.0,
+        amx_bf16_gflops=amx,
+        amx_int8_gops=None,
+        stream_gb_per_s=1.0,
+        gather={64: 4.0, 20: 2.0},
+        gather_replayed={64: 8.0, 20: 4.0},
+    )
 
 
 def test_the_floor_adds_each_row_size_at_its_rate_and_operations_at_the_rate_of_their_format():
     work = Work(gathered={64: 4000.0, 20: 1000.0}, flops=1e6, mlp="fp32")
-    floor = floor_of(work, CALIBRATION, 10)
-    assert floor == pytest.approx((10 * (1000 + 500) * 1e-6, 10 * 1e4 * 1e-6))
-    assert (floor.sum_ms, floor.overlap_ms) == pytest.approx((0.115, 0.1))
-    in_bf16 = floor_of(Work(gathered=work.gathered, flops=1e6, mlp="bf16"), CALIBRATION, 10)
+    floor = floor_of(work, calibration(1000.0), 10)
+    assert floor == pytest.approx((10 * (1000 + 500) * 1e-6, 10 * 1e4 * 1e-6, 10 * (500 + 250) * 1e-6))
+    assert (floor.sum_ms, floor.overlap_ms, floor.strict_ms) == pytest.approx((0.115, 0.1, 0.1))
+    in_bf16 = floor_of(Work(gathered=work.gathered, flops=1e6, mlp="bf16"), calibration(1000.0), 10)
     assert in_bf16.compute_ms == pytest.approx(floor.compute_ms / 10)
+    assert (in_bf16.overlap_ms, in_bf16.strict_ms) == pytest.approx((0.015, 0.01))
 
 
 def test_bf16_without_amx_runs_at_the_rate_of_float32():
-    plain = Calibration(fma_gflops=100.0, amx_bf16_gflops=None, amx_int8_gops=None, stream_gb_per_s=1.0, gather={})
-    assert floor_of(Work(gathered={}, flops=1e6, mlp="bf16"), plain, 1) == Floor(0.0, pytest.approx(0.01))
+    assert floor_of(Work(gathered={}, flops=1e6, mlp="bf16"), calibration(None), 1).compute_ms == pytest.approx(0.01)
