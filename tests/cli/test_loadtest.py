@@ -145,7 +145,12 @@ def test_whatever_ends_the_command_ends_the_test_in_its_child(bundle, tmp_path, 
     script = Path(sys.executable).with_name("dlrm-deploy")
     options = [*QUICK, "--duration-s", "300", "--scenario", "server", "--target-qps", "50", "--logs", tmp_path / "logs"]
     command = [script, "loadtest", bundle.path, *map(str, options)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    def hear_interrupts() -> None:  # a shell's background jobs ignore them, and so does what they start
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=hear_interrupts, **pipes) as process:
         assert process.stderr is not None
         assert any("LoadGen test" in line for line in process.stderr)
         tasks = Path(f"/proc/{process.pid}/task").iterdir()
