@@ -35,7 +35,10 @@ models-table: $(VENV)/ready ## the comparison in docs/models.md: every MovieLens
 precision-table: $(VENV)/ready ## the table in docs/precision.md: two recipes with SEEDS seeds in every number format, runs kept in $(RUNS)/
 	$(BIN)/python -m dlrm_deploy.precision_table --runs $(RUNS) --seeds $(SEEDS) --jobs 2 --write docs/precision.md
 
-bench-report: $(VENV)/ready ## the goals of docs/performance.md with every peer, rows and HTML report in $(REPORT)/ (25 minutes)
+$(OUT)/bundle/manifest.json: | $(VENV)/ready
+	$(BIN)/dlrm-deploy demo --out $(OUT)
+
+bench-report: $(VENV)/ready $(OUT)/bundle/manifest.json ## the goals of docs/performance.md with every peer, rows and HTML report in $(REPORT)/ (15 minutes)
 	$(BIN)/python -m dlrm_deploy.bench.suite --out $(REPORT) --demo $(OUT)/bundle --write docs/performance.md
 
 setup: $(VENV)/ready ## virtual environment, pinned packages, ONNX Runtime headers, native build
