@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dlrm_deploy.errors import OutputError
+from dlrm_deploy.errors import ConfigError, OutputError
 
 _CHUNK = 1 << 22
 
@@ -204,3 +204,19 @@ def _sync_entry(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_between(path: Path, begin: str, end: str, text: str, what: str = "text") -> None:
+    """Put text between two lines of a file; `what` it is, for the error.
+
+    Raises:
+        ConfigError: they are not there.
+        OutputError: the file cannot be written.
+    """
+    whole = path.read_text(encoding="utf-8")
+    before, found_begin, rest = whole.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ConfigError(f"{path} has no place for the {what}: a line {begin!r}, and below it {end!r}.")
+    with atomic_file(path) as beside:
+        beside.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")

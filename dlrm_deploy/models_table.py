@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 import click
 
 from dlrm_deploy.errors import ConfigError
-from dlrm_deploy.files import atomic_file
+from dlrm_deploy.files import write_between
 
 if TYPE_CHECKING:
     from dlrm_deploy.train.recipe import Recipe
@@ -202,48 +202,48 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_table(path: Path, table: str) -> None:
-    """Put the table between the two markers of a file.
+_OPTIONS = (
+    click.option("--runs", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the runs."),
+    click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 100), help="Models a recipe."),
+    click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes, a thread each."),
+    click.option(
+        "--data",
+        type=click.Path(exists=True, path_type=Path),
+        help="MovieLens-100K as a folder or zip file.  [default: from the recbole wheel, fetched with pip]",
+    ),
+    click.option(
+        "--write",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="File whose table to replace, between two markers.  [default: print it]",
+    ),
+)
 
-    Raises:
-        ConfigError: the markers are not there.
-        OutputError: the file cannot be written.
-    """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ConfigError(f"{path} has no place for the table: a line {BEGIN!r}, and below it {END!r}.")
-    with atomic_file(path) as beside:
-        beside.write_text(f"{before}{begin}\n\n{table}\n{end}{after}", encoding="utf-8")
+
+def table_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a command that trains recipes with several seeds and prints a table of them."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def give_table(table: str, page: Path | None, begin: str, end: str) -> None:
+    """Print a table, or put it between two lines of a page."""
+    if page is None:
+        click.echo(table, nl=False)
+    else:
+        write_between(page, begin, end, table, "table")
 
 
 @click.command()
 @click.argument("recipes", nargs=-1)
-@click.option("--runs", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the runs.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 100), help="Models a recipe.")
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes, a thread each.")
-@click.option(
-    "--data",
-    type=click.Path(exists=True, path_type=Path),
-    help="MovieLens-100K as a folder or zip file.  [default: from the recbole wheel, fetched with pip]",
-)
-@click.option(
-    "--write",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File whose table to replace, between two markers.  [default: print it]",
-)
+@table_options
 def main(recipes: tuple[str, ...], runs: Path, seeds: int, jobs: int, data: Path | None, write: Path | None) -> None:
     """Compare the MovieLens RECIPES that come with the package (all by default), and print a table of them.
 
     Interrupted, the same command goes on where it was.
     """
     rows = compare(recipes or RECIPES, runs, seeds, jobs=jobs, data=data, say=partial(click.echo, err=True))
-    table = markdown(rows)
-    if write is None:
-        click.echo(table, nl=False)
-    else:
-        write_table(write, table)
+    give_table(markdown(rows), write, BEGIN, END)
 
 
 def _recipe(name: str, seed: int, data: Path | None) -> Recipe:

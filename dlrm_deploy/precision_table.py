@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from dlrm_deploy.bench.goals import write_between
 from dlrm_deploy.bundle import REFERENCE, Bundle, MlpPrecision
 from dlrm_deploy.data.planted import Ceiling, PlantedDataset
 from dlrm_deploy.formats import ROW_FORMATS, RowFormat
 from dlrm_deploy.metrics import auc, log_loss
-from dlrm_deploy.models_table import Say, each, train_one
+from dlrm_deploy.models_table import Say, each, give_table, table_options, train_one
 
 if TYPE_CHECKING:
     from dlrm_deploy.data.dataset import Dataset
@@ -178,30 +177,14 @@ def _change(values: Sequence[float]) -> str:
 
 @click.command()
 @click.argument("recipes", nargs=-1, type=click.Choice(RECIPES))
-@click.option("--runs", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the runs.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 100), help="Models a recipe.")
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes, a thread each.")
-@click.option(
-    "--data",
-    type=click.Path(exists=True, path_type=Path),
-    help="MovieLens-100K as a folder or zip file.  [default: from the recbole wheel, fetched with pip]",
-)
-@click.option(
-    "--write",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File whose table to replace, between two markers.  [default: print it]",
-)
+@table_options
 def main(recipes: tuple[str, ...], runs: Path, seeds: int, jobs: int, data: Path | None, write: Path | None) -> None:
     """Convert the models of RECIPES (all by default) to every number format, and print what that costs.
 
     Interrupted, the same command goes on where it was.
     """
     compared = compare(recipes or RECIPES, runs, seeds, jobs=jobs, data=data, say=partial(click.echo, err=True))
-    table = markdown(compared)
-    if write is None:
-        click.echo(table, nl=False)
-    else:
-        write_between(write, BEGIN, END, table)
+    give_table(markdown(compared), write, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from made_up_movielens import made_up, write_recbole
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.config import ModelConfig, parse_toml
 from dlrm_deploy.errors import ConfigError
+from dlrm_deploy.files import write_between
 from dlrm_deploy.models_table import (
     BEGIN,
     END,
@@ -20,7 +21,6 @@ from dlrm_deploy.models_table import (
     each,
     main,
     markdown,
-    write_table,
 )
 from dlrm_deploy.train.recipe import Recipe
 from dlrm_deploy.train.run import TrainingResult
@@ -85,11 +85,11 @@ def test_table_holds_means_and_ends_over_seeds_and_verdicts():
 def test_table_replaces_the_one_between_the_markers(tmp_path):
     path = tmp_path / "models.md"
     path.write_text(f"before\n\n{BEGIN}\n\nold\n\n{END}\n\nafter\n")
-    write_table(path, "| new |\n")
+    write_between(path, BEGIN, END, "| new |\n", "table")
     assert path.read_text() == f"before\n\n{BEGIN}\n\n| new |\n\n{END}\n\nafter\n"
     path.write_text(f"{END}\n{BEGIN}\n")
     with pytest.raises(ConfigError, match="models.md has no place for the table"):
-        write_table(path, "")
+        write_between(path, BEGIN, END, "", "table")
 
 
 def test_unknown_recipe_is_refused(tmp_path):

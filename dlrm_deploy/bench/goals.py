@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dlrm_deploy.bench.peers.registry import PEER_NAMES
 from dlrm_deploy.bench.stored import Facts
-from dlrm_deploy.errors import ConfigError
-from dlrm_deploy.files import atomic_file
 
 PEERS = ("torch", "onnxruntime-stock", *PEER_NAMES)
 
@@ -153,22 +150,6 @@ def markdown(found: Sequence[Outcome]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def write_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Put text between two lines of a file.
-
-    Raises:
-        ConfigError: they are not there.
-        OutputError: the file cannot be written.
-    """
-    whole = path.read_text(encoding="utf-8")
-    before, found_begin, rest = whole.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not (found_begin and found_end):
-        raise ConfigError(f"{path} has no place for the text: a line {begin!r}, and below it {end!r}.")
-    with atomic_file(path) as beside:
-        beside.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def _short(engine: str) -> str:

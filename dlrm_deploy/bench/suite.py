@@ -21,12 +21,13 @@ from pathlib import Path
 
 import click
 
-from dlrm_deploy.bench.goals import BEGIN, END, markdown, outcomes, write_between
+from dlrm_deploy.bench.goals import BEGIN, END, markdown, outcomes
 from dlrm_deploy.bench.run import run_bench
 from dlrm_deploy.bench.settings import BenchSettings, all_engines
 from dlrm_deploy.bench.stored import read_rows, write_rows
 from dlrm_deploy.bench.variant import Variant
 from dlrm_deploy.errors import ConfigError, DlrmDeployError
+from dlrm_deploy.files import write_between
 from dlrm_deploy.presets import preset
 
 BEGIN_PICTURES = "<!-- begin of the pictures: made by `make bench-report` -->"

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from dlrm_deploy.bench.goals import BEGIN, BF16, END, FP32, GOALS, INT8, Goal, markdown, outcomes, write_between
+from dlrm_deploy.bench.goals import BEGIN, BF16, END, FP32, GOALS, INT8, Goal, markdown, outcomes
 from dlrm_deploy.errors import ConfigError
+from dlrm_deploy.files import write_between
 
 GOAL = Goal(model="m", batch=8, engine=BF16, must=2.0, stretch=3.0, most_floor=1.5)
 
