@@ -27,7 +27,7 @@ def library_path() -> Path:
     """
     given = os.environ.get(LIBRARY_VARIABLE)
     # importlib.resources finds it in wheels and in editable installs alike, where `__file__` is in the source tree.
-    path = Path(given) if given else Path(str(files("dlrm_deploy.engines") / FILE_NAME))
+    path = Path(given).absolute() if given else Path(str(files("dlrm_deploy.engines") / FILE_NAME))
     if not path.is_file():
         hint = f"{LIBRARY_VARIABLE} points there." if given else "Run `make build`, or `pip install .`."
         raise EngineError(f"the native library {path} is not there. {hint}")

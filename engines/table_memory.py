@@ -1,7 +1,8 @@
 """Where the tables of a bundle lie in memory: once a file and process, whatever number of engines reads them.
 
-A file is mapped read-only; pages come in when they are first read, or all at once by `prefault`. With huge pages it is
-copied once into anonymous memory instead, which the kernel may back with pages of 2 MB; files cannot have those.
+A file is mapped read-only; pages come in when they are first read, or all at once by `prefault`. Newer kernels map in
+huge pages what the page cache holds in such: files written in large blocks, or read by `prefault`. With huge pages a
+file is copied once into anonymous memory instead, which the kernel may back with pages of 2 MB on any file system.
 What an engine holds stays; the last one to let go of a file frees it.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -38,6 +40,9 @@ class TableMemory:
         """Bring every page into memory now, so that no lookup waits for one."""
         if self.huge_pages:  # copied, so it is there
             return
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without transparent huge pages
+                self._mapping.madvise(mmap.MADV_HUGEPAGE)  # what is not in memory is then read in such pages
         try:
             self._mapping.madvise(_POPULATE_READ)
         except OSError:  # an older kernel, or a file system that cannot

@@ -39,7 +39,7 @@ from dlrm_deploy.errors import CheckpointError, OutputError
 from dlrm_deploy.export.graph import signature, write_model
 from dlrm_deploy.export.nodes import DOMAIN, OPSET
 from dlrm_deploy.export.sources import Source
-from dlrm_deploy.files import atomic_folder, sha256_file
+from dlrm_deploy.files import atomic_folder, sha256_file, written_in_blocks
 from dlrm_deploy.formats import RowFormat, file_name
 from dlrm_deploy.model.rounding import derived_limit
 from dlrm_deploy.tables import TableGroup
@@ -195,9 +195,8 @@ def _write_tables(
     name = file_name(group.name, "fp32")
     path = folder / name
     path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        file.truncate(group.bytes)
-        for part, row_start in zip(group.parts, group.row_starts, strict=True):
+    with written_in_blocks(path) as write:
+        for part in group.parts:
             seen, checksum = 0, RowChecksums()
             for first, chunk in source.part_chunks(part):
                 if chunk.ndim != 2 or chunk.shape[1] != part.width or first != seen or first + len(chunk) > part.rows:
@@ -205,9 +204,9 @@ def _write_tables(
                         f"table {part.name!r}: rows {first} to {first + len(chunk)} of width {chunk.shape[1:]} do not "
                         f"fit the model's {part.rows} x {part.width} after {seen} rows."
                     )
-                file.seek((row_start + first) * group.width * 4)
-                file.write(np.ascontiguousarray(chunk, "<f4").data)
-                checksum.add(np.ascontiguousarray(chunk, "<f4"))
+                rows = np.ascontiguousarray(chunk, "<f4")
+                write(rows.data)
+                checksum.add(rows)
                 seen += len(chunk)
                 progress(chunk.nbytes)
             if seen != part.rows:

@@ -21,7 +21,7 @@ from dlrm_deploy.checksums import RowChecksums
 from dlrm_deploy.errors import ConfigError, OutputError
 from dlrm_deploy.export.bundle import Checksums, Progress, check_room, write_rest
 from dlrm_deploy.export.formats_choice import TABLES, ErrorSum, PartRows, TableChoice, TableError, Tables, choose
-from dlrm_deploy.files import atomic_folder
+from dlrm_deploy.files import atomic_folder, written_in_blocks
 from dlrm_deploy.formats import GroupLayout, Matrix, decode, encode, file_name
 
 Accept = Callable[[Bundle], None]
@@ -134,12 +134,12 @@ def _write_matrix(
 ) -> Iterator[tuple[str, TableError | None, npt.NDArray[np.uint32]]]:
     """Write the parts of a group that share a format; name, error and checksums of each. Memory holds one block."""
     path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
+    with written_in_blocks(path) as write:
         for part in matrix.parts:
             checksum, error = RowChecksums(), ErrorSum()
             for first, block in rows[part.name].blocks():
                 stored = encode(matrix.format, block, f"table {part.name!r}", first)
-                file.write(np.ascontiguousarray(stored).data)
+                write(np.ascontiguousarray(stored).data)
                 checksum.add(stored)
                 if matrix.format != "fp32":
                     error.add(block, decode(matrix.format, stored, part.width))

@@ -1,12 +1,21 @@
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dlrm_deploy.errors import OutputError
-from dlrm_deploy.files import atomic_file, atomic_folder, scratch_folder, sha256_file, sha256_folder
+from dlrm_deploy.files import (
+    atomic_file,
+    atomic_folder,
+    scratch_folder,
+    sha256_file,
+    sha256_folder,
+    written_in_blocks,
+)
 
 
 def test_a_folder_appears_only_when_its_block_ends(tmp_path):
@@ -128,6 +137,39 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(OutputError, match="No space left on device"):
         fill()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_written_in_blocks_holds_the_bytes_of_all_calls_in_order(tmp_path):
+    random = np.random.default_rng(0)
+    pieces = [random.integers(0, 256, size, np.uint8) for size in (5, 0, 4 << 20, 3, (9 << 20) + 1, 1)]
+    rows = np.arange(12, dtype="<f4").reshape(3, 4)
+    with written_in_blocks(tmp_path / "table") as write:
+        for piece in pieces:
+            write(piece.data)
+        write(rows.data)
+        write(rows[:0].data)
+    expected = b"".join([*(piece.tobytes() for piece in pieces), rows.tobytes()])
+    assert (tmp_path / "table").read_bytes() == expected
+    with written_in_blocks(tmp_path / "empty"):
+        pass
+    assert (tmp_path / "empty").read_bytes() == b""
+
+
+def test_a_file_written_in_blocks_is_written_at_multiples_of_huge_pages(tmp_path, monkeypatch):
+    written = []
+
+    class Recorded(io.FileIO):
+        def write(self, data):
+            written.append((self.tell(), len(data)))
+            return super().write(bytes(data)[: 3 << 20])  # a system may write less than it was asked to
+
+    monkeypatch.setattr(Path, "open", lambda self, mode, buffering: Recorded(self, mode))
+    with written_in_blocks(tmp_path / "table") as write:
+        for _ in range(9):
+            write(np.ones(1_000_000, np.uint8).data)
+    monkeypatch.undo()
+    assert written == [(0, 4 << 20), (3 << 20, 1 << 20), (4 << 20, 4 << 20), (7 << 20, 1 << 20), (8 << 20, 611_392)]
+    assert (tmp_path / "table").read_bytes() == b"\x01" * 9_000_000
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path):

@@ -5,6 +5,7 @@ The process is told what to do over a pipe and sleeps in between, so that the en
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -106,6 +107,8 @@ class IsolatedSubject:
 
 def _serve(job: Job, pipe: Connection) -> None:
     """The other process: open, then answer until the pipe closes."""
+    # Read by PyTorch at its first allocation: FBGEMM's tables and large activations come in huge pages.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     subject: LocalSubject | None = None
     try:
         subject = open_subject(Bundle.open(job.bundle, "none"), job.engine, job.options, job.inputs(), job.slice_ms)

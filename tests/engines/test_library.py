@@ -46,6 +46,16 @@ def test_a_library_that_is_not_there_says_how_to_build_it(monkeypatch, tmp_path)
     library.library_path.cache_clear()
 
 
+def test_a_library_may_be_named_relative_to_the_working_folder(monkeypatch, tmp_path):
+    path = library.library_path()
+    library.library_path.cache_clear()
+    (tmp_path / "copy.so").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, "copy.so")
+    assert library.library_path() == tmp_path / "copy.so"  # a bare name would be looked for in the system's folders
+    library.library_path.cache_clear()
+
+
 def test_a_library_that_is_no_library_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"not ELF")
     monkeypatch.setenv(library.LIBRARY_VARIABLE, str(tmp_path / "broken.so"))

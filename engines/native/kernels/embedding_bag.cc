@@ -201,7 +201,7 @@ Error EmbeddingBag::Run(const EmbeddingBagInputs& inputs, int64_t batch, const K
                         const BlockRunner& runner, float* pooled) const {
   std::unique_ptr<PreparedBags> bags;
   if (Error error = PreparedBags::Prepare(*this, inputs, batch, path, runner, &bags)) return error;
-  bags->PoolAll(runner, pooled);
+  bags->PoolTogether(runner, 0, batch, pooled);
   return bags->BadId();
 }
 

@@ -374,24 +374,25 @@ Error PrepareAs(const EmbeddingBag& bag, const EmbeddingBagInputs& inputs, int64
 
 }  // namespace
 
-void PreparedBags::PoolAll(const BlockRunner& runner, float* pooled) {
-  if (batch_ == 0) return;
+void PreparedBags::PoolTogether(const BlockRunner& runner, int64_t b0, int64_t b1, float* pooled) {
+  if (b0 >= b1) return;
+  const int64_t samples = b1 - b0;
   const double bag_bytes = sample_bytes_ / static_cast<double>(slots_);
   // Few samples: a block takes more slots instead.
-  const int64_t samples_of_slot = std::min(batch_, kSamplesPerSlot);
+  const int64_t samples_of_slot = std::min(samples, kSamplesPerSlot);
   const int64_t slots_per_block =
       PiecesPerBlock(bag_bytes * static_cast<double>(samples_of_slot), slots_);
   const int64_t samples_per_block =
-      PiecesPerBlock(bag_bytes * static_cast<double>(slots_per_block), batch_);
-  const int64_t slot_blocks = DivideUp(slots_, slots_per_block);
+      PiecesPerBlock(bag_bytes * static_cast<double>(slots_per_block), samples);
+  const int64_t sample_blocks = DivideUp(samples, samples_per_block);
   auto pool = [&](size_t index) {
     const int64_t block = static_cast<int64_t>(index);
-    const int64_t t = block % slot_blocks * slots_per_block;
-    const int64_t b = block / slot_blocks * samples_per_block;
-    Pool(t, std::min(slots_, t + slots_per_block), b, std::min(batch_, b + samples_per_block),
-         pooled + b * slots_ * width_);
+    const int64_t t = block / sample_blocks * slots_per_block;
+    const int64_t b = block % sample_blocks * samples_per_block;
+    Pool(t, std::min(slots_, t + slots_per_block), b0 + b,
+         b0 + std::min(samples, b + samples_per_block), pooled + b * slots_ * width_);
   };
-  runner.ForEachBlock(static_cast<size_t>(DivideUp(batch_, samples_per_block) * slot_blocks), pool);
+  runner.ForEachBlock(static_cast<size_t>(sample_blocks * DivideUp(slots_, slots_per_block)), pool);
 }
 
 Error PreparedBags::Prepare(const EmbeddingBag& bag, const EmbeddingBagInputs& inputs,

@@ -29,8 +29,9 @@ class PreparedBags {
   virtual void Pool(int64_t t0, int64_t t1, int64_t b0, int64_t b1, float* pooled) = 0;
   void PoolSamples(int64_t b0, int64_t b1, float* pooled) { Pool(0, slots_, b0, b1, pooled); }
 
-  // Pools the whole batch into `pooled` [B, T, D], in blocks on `runner`'s threads.
-  void PoolAll(const BlockRunner& runner, float* pooled);
+  // Pools samples [b0, b1) into `pooled` [b1 - b0, T, D] on `runner`'s threads, one table after the
+  // other: all threads read the same one, whose lines and address translations they share.
+  void PoolTogether(const BlockRunner& runner, int64_t b0, int64_t b1, float* pooled);
 
   // Once all is pooled: the first id out of range that was met, under IndexPolicy::kError.
   virtual Error BadId() const = 0;

@@ -101,11 +101,17 @@ TEST(BagInteraction, EqualsItsHalvesOnMoreSamplesThanABlockHolds) {
         26, std::vector<int64_t>(static_cast<size_t>(samples), 1));
     ExpectTheHalves(MakeCase("one-hot", one_hot, std::vector<int64_t>(26, 50), 16), samples);
   }
-  for (const int64_t samples : {5, 40}) {  // few large samples: threads share the slots of each
+}
+
+TEST(BagInteraction, EqualsItsHalvesOnSamplesLargerThanABlock) {
+  for (const int64_t samples : {1, 5, 40}) {
     const std::vector<std::vector<int64_t>> long_bags(
         3, std::vector<int64_t>(static_cast<size_t>(samples), 120));
     ExpectTheHalves(MakeCase("long bags", long_bags, {9, 8, 7}, 64), samples);
   }
+  // More than 8 MiB of vectors: pooled in two steps.
+  const std::vector<std::vector<int64_t>> wide(2, std::vector<int64_t>(300, 3));
+  ExpectTheHalves(MakeCase("wide", wide, {4, 5}, 4096), 300);
 }
 
 TEST(BagInteraction, EqualsItsHalvesInMixedFormatsAndTheFixedForm) {
