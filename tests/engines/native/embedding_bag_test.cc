@@ -60,6 +60,16 @@ TEST(EmbeddingBag, FixedPoolingEqualsTheSameBagsWithOffsets) {
     c.offsets.clear();
     ExpectAllPathsAgree(c);
     EXPECT_EQ(Bits(RunAs<int64_t>(c, Scalar(), 1).pooled), Bits(expected.pooled));
+    // Bags of one id and others in one chunk, and more of them than a chunk holds.
+    const std::vector<int64_t> ones(300, 1), twos(300, 2);
+    for (const bool mean : {false, true}) {
+      BagCase mixed = MakeCase("mixed", {ones, twos, ones}, {4, 5, 6}, width, !mean, mean);
+      const Result ragged = RunAs<int64_t>(mixed, Scalar(), 1);
+      mixed.attributes.pooling_factors = {1, 2, 1};
+      mixed.offsets.clear();
+      ExpectAllPathsAgree(mixed);
+      EXPECT_EQ(Bits(RunAs<int64_t>(mixed, Scalar(), 1).pooled), Bits(ragged.pooled));
+    }
   }
 }
 
