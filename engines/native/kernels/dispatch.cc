@@ -29,15 +29,17 @@ bool SupportsAmxPath() { return SupportsAvx512() && SupportsAmx(); }
 const std::vector<KernelPath>& AllKernelPaths() {
   static const std::vector<KernelPath> paths = {
 #if defined(DLRM_DEPLOY_HAS_AMX)
-      {"amx", SupportsAmxPath, PoolChunkAvx512, InteractAvx512, MultiplyAddLoopAvx512, RunMlpAmx},
+      {"amx", SupportsAmxPath, PoolChunkAvx512, InteractAvx512, MultiplyAddLoopAvx512, RunMlpAmx,
+       RunInt8MlpAmx},
 #endif
 #if defined(__x86_64__)
       {"avx512", SupportsAvx512, PoolChunkAvx512, InteractAvx512, MultiplyAddLoopAvx512,
-       RunMlpAvx512},
-      {"avx2", SupportsAvx2, PoolChunkAvx2, InteractAvx2, MultiplyAddLoopAvx2, RunMlpAvx2},
+       RunMlpAvx512, RunInt8MlpAvx512},
+      {"avx2", SupportsAvx2, PoolChunkAvx2, InteractAvx2, MultiplyAddLoopAvx2, RunMlpAvx2,
+       RunInt8MlpAvx2},
 #endif
       {"scalar", [] { return true; }, PoolChunkScalar, InteractScalar, MultiplyAddLoopScalar,
-       RunMlpScalar},
+       RunMlpScalar, RunInt8MlpScalar},
   };
   return paths;
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/int8_mlp_path.h"
 #include "kernels/kernel_path.h"
 #include "kernels/mlp_path.h"
 
@@ -17,6 +18,7 @@ struct KernelPath {
   Interact interact;
   MultiplyAddLoop multiply_add_loop;
   RunMlp run_mlp;
+  RunInt8Mlp run_int8_mlp;
 };
 
 // Every path in this build, fastest first. "scalar" is always there and always supported.

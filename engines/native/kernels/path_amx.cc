@@ -10,6 +10,7 @@
 // units idle.
 #include <immintrin.h>
 
+#include "kernels/amx_multiply.h"
 #include "kernels/amx_tiles.h"
 #include "kernels/mlp_path.h"
 
@@ -72,56 +73,6 @@ inline void FinishBlock(Block* block) {
   block->units = 0;
 }
 
-// Sums over all input tiles of a[m] * b[n], M x N of 2 x 2, 2 x 1, or 1 x 1 to 1 x 4, into tiles 0
-// to M * N - 1. Panels of `k_tiles` tiles lie one after the other. Meanwhile `due` is finished, if
-// it is not null.
-template <int M, int N>
-inline void Multiply(const uint16_t* a, const uint16_t* b, int64_t k_tiles, Block* due) {
-  const int64_t panel = k_tiles * kTile;
-  _tile_zero(0);
-  if constexpr (M * N > 1) _tile_zero(1);
-  if constexpr (M * N > 2) _tile_zero(2);
-  if constexpr (M * N > 3) _tile_zero(3);
-  const int units = due != nullptr ? due->units : 0;
-  const int per_step = static_cast<int>((units + k_tiles - 1) / k_tiles);
-  int unit = 0;
-  for (int64_t k = 0; k < k_tiles; ++k, a += kTile, b += kTile) {
-    // All loads first: measured the same on a core alone, and 10 % faster than between the products
-    // where the core's other hardware thread is busy.
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
-    if constexpr (N > 1) _tile_loadd(7, b + panel, 64);
-    if constexpr (M == 2) {
-      _tile_loadd(5, a + panel, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (N == 1) {
-        _tile_dpbf16ps(1, 5, 6);
-      } else {
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    } else {
-      if constexpr (N > 2) _tile_loadd(5, b + 2 * panel, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (N > 3) _tile_loadd(6, b + 3 * panel, 64);
-      if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
-      if constexpr (N > 2) _tile_dpbf16ps(2, 4, 5);
-      if constexpr (N > 3) _tile_dpbf16ps(3, 4, 6);
-    }
-    for (int u = 0; u < per_step && unit < units; ++u, ++unit) FinishUnit(*due, unit);
-  }
-  if (due != nullptr) due->units = 0;
-}
-
-template <int Tiles>
-inline void StoreSums(float* sums) {
-  _tile_stored(0, sums, 64);
-  if constexpr (Tiles > 1) _tile_stored(1, sums + kSums, 64);
-  if constexpr (Tiles > 2) _tile_stored(2, sums + 2 * kSums, 64);
-  if constexpr (Tiles > 3) _tile_stored(3, sums + 3 * kSums, 64);
-}
-
 // The samples of a task, in tiles.
 struct Rows {
   int64_t count;
@@ -170,7 +121,8 @@ inline void KeepBlock(Hidden* hidden, int64_t m, int64_t tile) {
 template <int M, int N>
 inline void HiddenBlock(Hidden* hidden, int64_t m, int64_t tile) {
   const int64_t k_tiles = hidden->layer.k_tiles;
-  Multiply<M, N>(hidden->Inputs(m), hidden->Weights(tile), k_tiles, &hidden->pending);
+  Multiply<TileType::kBf16, M, N>(hidden->Inputs(m), hidden->Weights(tile), k_tiles,
+                                  &hidden->pending);
   KeepBlock<M, N>(hidden, m, tile);
   if (k_tiles <= kFewInputTiles) FinishBlock(&hidden->pending);
 }
@@ -190,8 +142,9 @@ template <int M, int N>
 inline void LastBlock(const MlpLayer& layer, const Rows& rows, const uint16_t* from,
                       int64_t row_tile, int64_t tile, float* y) {
   alignas(64) float block[M * N * kSums];
-  Multiply<M, N>(from + row_tile * layer.k_tiles * kTile,
-                 layer.weights + tile * layer.k_tiles * kTile, layer.k_tiles, nullptr);
+  Multiply<TileType::kBf16, M, N>(from + row_tile * layer.k_tiles * kTile,
+                                  layer.weights + tile * layer.k_tiles * kTile, layer.k_tiles,
+                                  static_cast<Block*>(nullptr));
   StoreSums<M * N>(block);
   const __m512 floor = layer.relu ? _mm512_setzero_ps() : _mm512_set1_ps(-__builtin_inff());
   for (int m = 0; m < M; ++m) {

@@ -13,6 +13,7 @@ OrtCustomOp* MakeTableBatchedEmbeddingBagOp(const KernelPath& path);
 OrtCustomOp* MakeDotInteractionOp(const KernelPath& path);
 OrtCustomOp* MakeEmbeddingBagDotInteractionOp(const KernelPath& path);
 OrtCustomOp* MakeMlpOp(const KernelPath& path);
+OrtCustomOp* MakeMlpInt8Op(const KernelPath& path);
 
 }  // namespace dlrm_deploy
 

@@ -16,6 +16,7 @@ constexpr OrtCustomOp* (*kOperators[])(const KernelPath&) = {
     MakeDotInteractionOp,
     MakeEmbeddingBagDotInteractionOp,
     MakeMlpOp,
+    MakeMlpInt8Op,
 };
 
 // The operators on one kernel path, for every session that is opened while it is the one in use.
