@@ -15,8 +15,10 @@ constexpr int64_t kMostInputs = int64_t{1} << 17;   // of a layer: its sums fit 
 constexpr int64_t kMostOutputs = int64_t{1} << 24;  // of a layer
 constexpr int64_t kMostValues = int64_t{1} << 34;   // weights of a layer
 
-// Samples of a block: two row tiles, whose activations stay close.
-constexpr int64_t kBlockRows = 32;
+// Samples of a block: two row tiles, whose activations stay close, or enough to use weights often
+// that are read from beyond the L2 cache.
+int64_t BlockRows(size_t weight_bytes) { return weight_bytes >= (1 << 20) ? 128 : 32; }
+
 // A batch of up to kSplitRows samples is split by columns, layer by layer, in pieces of about
 // kSplitBytes of weights, where the weights have kSplitWeightBytes or more: then reading them takes
 // longest, and two threads that each read half of them do it in half of the time.
@@ -107,7 +109,7 @@ void PackedInt8Mlp::Place(int64_t rows, void* memory, Int8MlpTask* task) const {
 
 Error PackedInt8Mlp::RunBlocks(const KernelPath& path, const float* x, int64_t batch,
                                const BlockRunner& runner, float* y) const {
-  const int64_t rows = std::min(batch, kBlockRows);
+  const int64_t rows = std::min(batch, BlockRows(weight_bytes_));
   const size_t bytes = ScratchBytes(rows);
   std::atomic<bool> out_of_memory{false};
   auto run = [&](size_t block) {

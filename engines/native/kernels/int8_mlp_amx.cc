@@ -35,25 +35,32 @@ struct Block {
   Tile tile[4];
   int64_t y_stride;
   __m512 floor;  // 0 for a ReLU
-  int units_of_tile;
-  int units;  // of all tiles
+  int units;     // of all tiles
 };
 constexpr int kUnit = 4;
+constexpr int kUnitsOfTile = kRows / kUnit;
 // With this few products in a block there is nothing to hide the epilogue of the block before in.
 constexpr int64_t kFewInputTiles = 1;
 
 inline void FinishUnit(const Block& block, int unit) {
-  const Block::Tile& tile = block.tile[unit / block.units_of_tile];
-  const int first = unit % block.units_of_tile * kUnit;
-  const int32_t* sums = block.sums + unit / block.units_of_tile * kSums + first * 16;
+  const Block::Tile& tile = block.tile[unit / kUnitsOfTile];
+  const int first = unit % kUnitsOfTile * kUnit;
+  const int32_t* sums = block.sums + unit / kUnitsOfTile * kSums + first * 16;
   const __m512 scale = _mm512_load_ps(tile.scale);
   const __m512 bias = _mm512_load_ps(tile.bias);
   float* y = tile.y + first * block.y_stride;
-  for (int r = first; r < first + kUnit && r < tile.rows; ++r, sums += 16, y += block.y_stride) {
-    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums));
-    const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(tile.steps[r])), scale);
+  const auto finish = [&](int r) {
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 16 * r));
+    const __m512 step = _mm512_set1_ps(tile.steps[first + r]);
+    const __m512 value = _mm512_add_ps(_mm512_mul_ps(_mm512_mul_ps(sum, step), scale), bias);
     // Of a NaN and a number the maximum is the second: NaN stays NaN.
-    _mm512_mask_storeu_ps(y, tile.columns, _mm512_max_ps(block.floor, _mm512_add_ps(scaled, bias)));
+    _mm512_mask_storeu_ps(y + r * block.y_stride, tile.columns, _mm512_max_ps(block.floor, value));
+  };
+  if (first + kUnit <= tile.rows) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kUnit; ++r) finish(r);
+  } else {
+    for (int r = 0; first + r < tile.rows; ++r) finish(r);
   }
 }
 
@@ -92,7 +99,7 @@ inline void RunBlock(Run* run, int64_t m, int64_t tile) {
                       static_cast<int>(left < kRows ? left : kRows),
                       FirstLanes(layer.outputs - column)};
   }
-  block->units = M * N * block->units_of_tile;
+  block->units = M * N * kUnitsOfTile;
   if (layer.k_tiles <= kFewInputTiles) FinishBlock(block);
 }
 
@@ -108,39 +115,68 @@ void RunColumns(Run* run, int64_t tile) {
   if (tiles % 2 != 0) RunBlock<1, N>(run, tiles - 1, tile);
 }
 
+// Sixteen values as codes in 32 bits: to nearest, ties to even. NaN gives some code.
+inline __m512i Codes(__m512 values, __m512 inverse) {
+  return _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
+}
+
+// The codes of a tile row, in order: they fit into 8 bits, so that packing saturates none.
+inline __m512i PackCodes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  // Packing works within each quarter of a register.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+  return _mm512_permutexvar_epi32(order, packed);
+}
+
+// The largest magnitude of a sample, as bits: without the sign they order magnitudes as numbers do,
+// and NaN behind infinity.
+inline uint32_t LargestMagnitude(const float* x, int64_t inputs) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i most = _mm512_setzero_si512();
+  __m512i other = most;
+  int64_t k = 0;
+  for (; k + 32 <= inputs; k += 32) {
+    most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(x + k), magnitude));
+    other = _mm512_max_epu32(other, _mm512_and_si512(_mm512_loadu_si512(x + k + 16), magnitude));
+  }
+  for (; k < inputs; k += 16) {
+    const __m512i rest = _mm512_maskz_loadu_epi32(FirstLanes(inputs - k), x + k);
+    most = _mm512_max_epu32(most, _mm512_and_si512(rest, magnitude));
+  }
+  return _mm512_reduce_max_epu32(_mm512_max_epu32(most, other));
+}
+
 struct Amx {
   static void Quantize(const float* x, int64_t stride, int64_t inputs, int64_t rows, void* to,
                        float* steps) {
     constexpr uint32_t kInfinity = 0x7f800000u;
-    const int64_t k_tiles = (inputs + kInt8TileInputs - 1) / kInt8TileInputs;
-    const int64_t whole = inputs / 16;
-    const __mmask16 rest = FirstLanes(inputs % 16);
-    for (int64_t row = 0; row < rows; ++row, x += stride) {
-      // Bits without the sign order magnitudes as numbers do, and NaN behind infinity.
-      const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-      __m512i most = _mm512_setzero_si512();
-      for (int64_t v = 0; v < whole; ++v) {
-        most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(x + 16 * v), magnitude));
-      }
-      most = _mm512_max_epu32(
-          most, _mm512_and_si512(_mm512_maskz_loadu_epi32(rest, x + 16 * whole), magnitude));
-      const uint32_t bits = _mm512_reduce_max_epu32(most);
+    const int64_t whole = inputs / kInt8TileInputs;
+    const int64_t rest = inputs % kInt8TileInputs;
+    const int64_t k_tiles = whole + (rest > 0);
+    const __mmask16 lanes[4] = {FirstLanes(rest), FirstLanes(rest - 16), FirstLanes(rest - 32),
+                                FirstLanes(rest - 48)};
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* in = x + row * stride;
+      const uint32_t bits = LargestMagnitude(in, inputs);
       float largest;
       __builtin_memcpy(&largest, &bits, sizeof largest);
-      const bool finite = bits < kInfinity;
-      steps[row] = finite ? largest / 127.0f : __builtin_nanf("");
-      const bool zero = !finite || largest < kInt8Tiny;
-      const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : 127.0f / largest);
+      // The step NaN makes all outputs NaN, whatever the codes.
+      steps[row] = bits < kInfinity ? largest / 127.0f : __builtin_nanf("");
+      const __m512 inverse = _mm512_set1_ps(largest >= kInt8Tiny ? 127.0f / largest : 0.0f);
       int8_t* codes = static_cast<int8_t*>(to) + row / kRows * k_tiles * kTileBytes +
                       row % kRows * kInt8TileInputs;
-      const int64_t valid = zero ? 0 : whole;
-      for (int64_t v = 0; v < 4 * k_tiles; ++v) {
-        const __mmask16 lanes = v < valid             ? __mmask16{0xffff}
-                                : v == valid && !zero ? rest
-                                                      : __mmask16{0};
-        const __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + 16 * v), inverse);
-        _mm_store_si128(reinterpret_cast<__m128i*>(codes + v / 4 * kTileBytes + v % 4 * 16),
-                        _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(values)));
+      for (int64_t k = 0; k < whole; ++k, in += kInt8TileInputs, codes += kTileBytes) {
+        _mm512_store_si512(codes, PackCodes(Codes(_mm512_loadu_ps(in), inverse),
+                                            Codes(_mm512_loadu_ps(in + 16), inverse),
+                                            Codes(_mm512_loadu_ps(in + 32), inverse),
+                                            Codes(_mm512_loadu_ps(in + 48), inverse)));
+      }
+      if (rest > 0) {
+        _mm512_store_si512(codes,
+                           PackCodes(Codes(_mm512_maskz_loadu_ps(lanes[0], in), inverse),
+                                     Codes(_mm512_maskz_loadu_ps(lanes[1], in + 16), inverse),
+                                     Codes(_mm512_maskz_loadu_ps(lanes[2], in + 32), inverse),
+                                     Codes(_mm512_maskz_loadu_ps(lanes[3], in + 48), inverse)));
       }
     }
   }
@@ -155,8 +191,6 @@ struct Amx {
     run.y = y;
     run.pending.y_stride = y_stride;
     run.pending.floor = layer.relu ? _mm512_setzero_ps() : _mm512_set1_ps(-__builtin_inff());
-    run.pending.units_of_tile =
-        rows < kRows ? static_cast<int>((rows + kUnit - 1) / kUnit) : kRows / kUnit;
     run.pending.units = 0;
     Publish(codes);
     for (int64_t tile = first_tile; tile < end_tile; tile += 4) {
