@@ -38,7 +38,12 @@ COMPILED_BATCHES = (128, 2048)
 
 ROUNDS = 5
 SLICE_MS = 60.0
-VARIANTS = (Variant(mlp="bf16"), Variant(tables="int8", mlp="bf16"))
+VARIANTS = (
+    Variant(mlp="bf16"),
+    Variant(tables="int8", mlp="bf16"),
+    Variant(mlp="int8"),
+    Variant(tables="int8", mlp="int8"),
+)
 
 LOAD_SECONDS = 10.0
 
