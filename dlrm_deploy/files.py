@@ -48,7 +48,7 @@ def written_in_blocks(path: Path) -> Iterator[Callable[[memoryview], None]]:
     """A new file, written from its start by calls with contiguous memory, in blocks of 4 MiB at multiples of that.
 
     Linux then keeps it in huge pages where the file system can, and maps them as such: random rows of a mapped table
-    need fewer address translations. Files written in pieces of other sizes never get there.
+    need fewer address translations. Files written in smaller pieces, or across such multiples, may stay in small ones.
     """
     block, used = bytearray(_CHUNK), 0
     with path.open("wb", buffering=0) as file:

@@ -1,8 +1,8 @@
 """The PyTorch engine: the model in eager float32. The reference that parity is measured against.
 
 It reads tables and `dense.npz`, and never the ONNX graph. Of a converted bundle it computes with the stored numbers:
-the rows of a batch are decoded as they are read, and where the MLPs are bfloat16, weights and the inputs of every layer
-are rounded to that, while sums stay in float32.
+the rows of a batch are decoded as they are read, and where the MLPs are bfloat16 or int8, weights and the inputs of
+every layer are rounded to that, while sums stay in float32, or are whole numbers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.errors import BundleError
 from dlrm_deploy.formats import RowFormat
-from dlrm_deploy.model.dlrm import DLRM, bf16_layer, to_bf16
+from dlrm_deploy.model.dlrm import DLRM
 from dlrm_deploy.model.keys import dense_shapes, mlp_weight_keys
+from dlrm_deploy.model.layers import Int8Layer, bf16_layer, to_bf16
 
 
 class TorchEngine(Engine):
@@ -36,14 +37,16 @@ class TorchEngine(Engine):
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             stored = [{kind: _tensor(kind, rows) for kind, rows in group.items()} for group in bundle.map_groups()]
         manifest = bundle.manifest
-        rounded = mlp_weight_keys(bundle.config) if manifest.mlp_precision == "bf16" else frozenset()
         if manifest.table_formats:
             self._model = DLRM(bundle.config, stored=stored, table_formats=manifest.table_formats)
         else:
             self._model = DLRM(bundle.config, group_weights=[matrices["fp32"] for matrices in stored])
         self._model.eval()
-        if rounded:
-            self._model.layer = bf16_layer
+        precision = manifest.mlp_precision
+        rounded = frozenset() if precision == "fp32" else mlp_weight_keys(bundle.config)
+        int8 = Int8Layer()
+        if precision != "fp32":
+            self._model.layer = bf16_layer if precision == "bf16" else int8
         tensors = self._model.named_tensors()
         weights = bundle.dense_weights()
         with torch.no_grad():
@@ -53,6 +56,9 @@ class TorchEngine(Engine):
                     raise BundleError(
                         f"dense.npz of {bundle.path} is damaged: {key} should be float32 {shape}, found {found}."
                     )
+                if precision == "int8" and key in rounded:
+                    int8.store(tensors[key], weights[key], key)
+                    continue
                 weight = torch.from_numpy(weights[key])
                 tensors[key].copy_(to_bf16(weight) if key in rounded else weight)
 

@@ -12,6 +12,22 @@ namespace {
 enum class TileType { kBf16, kInt8 };
 
 constexpr int64_t kTileBytes = 1024;
+// Samples of a unit, the piece of a block's epilogue that is done between two steps.
+constexpr int kUnit = 4;
+// With this few products in a block there is nothing to hide the epilogue of the block before in.
+constexpr int64_t kFewInputTiles = 1;
+
+// The first `count` lanes: none when it is negative, all when there are more.
+inline __mmask16 FirstLanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u);
+}
+
+// Finishes what is left of a block: all of its `units`, by FinishUnit(*due, unit).
+template <class Due>
+inline void FinishBlock(Due* due) {
+  for (int unit = 0; unit < due->units; ++unit) FinishUnit(*due, unit);
+  due->units = 0;
+}
 
 // The intrinsics want tiles as literals.
 #define DLRM_DEPLOY_PRODUCT(sums, a, b)       \

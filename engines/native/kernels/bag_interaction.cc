@@ -1,7 +1,6 @@
 #include "kernels/bag_interaction.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 
 #include "kernels/aligned_buffer.h"
@@ -24,7 +23,7 @@ constexpr int64_t kPooledBytes = int64_t{8} << 20;
 
 // Samples of a block, from 1 to `batch`, so that all blocks are about as long.
 int64_t SamplesPerBlock(double sample_bytes, int64_t batch) {
-  const double fitting = std::max(1.0, kBlockBytes / std::max(1.0, sample_bytes));
+  const double fitting = kBlockBytes / std::max(1.0, sample_bytes);  // at least 1
   if (fitting >= static_cast<double>(batch)) return batch;
   const int64_t most = static_cast<int64_t>(fitting);
   const int64_t blocks = (batch - 1) / most + 1;
@@ -76,14 +75,8 @@ Error RunBagInteraction(const EmbeddingBag& bag, const EmbeddingBagInputs& input
   const size_t scratch_bytes =
       static_cast<size_t>(transposed + (pooled == nullptr ? block * pooled_width : 0)) *
       sizeof(float);
-  std::atomic<bool> out_of_memory{false};
-  auto run = [&](size_t index) {
-    const Scratch memory(scratch_bytes);
-    float* scratch = static_cast<float*>(memory.data());
-    if (scratch == nullptr) {
-      out_of_memory.store(true, std::memory_order_relaxed);
-      return;
-    }
+  const auto run = [&](size_t index, void* memory) {
+    float* const scratch = static_cast<float*>(memory);
     const int64_t b0 = static_cast<int64_t>(index) * block;
     const int64_t b1 = std::min(batch, b0 + block);
     float* vectors = pooled == nullptr ? scratch + transposed : pooled + b0 * pooled_width;
@@ -91,8 +84,8 @@ Error RunBagInteraction(const EmbeddingBag& bag, const EmbeddingBagInputs& input
     path.interact(shape, dense + b0 * shape.width, vectors, b1 - b0, scratch,
                   interactions + b0 * shape.output_width);
   };
-  runner.ForEachBlock(static_cast<size_t>((batch - 1) / block + 1), run);
-  if (out_of_memory.load()) return OutOfMemory(scratch_bytes);
+  const size_t blocks = static_cast<size_t>((batch - 1) / block + 1);
+  if (Error error = ForEachBlockWithScratch(runner, blocks, scratch_bytes, run)) return error;
   return bags->BadId();
 }
 

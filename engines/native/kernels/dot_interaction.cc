@@ -1,7 +1,6 @@
 #include "kernels/dot_interaction.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "kernels/scratch.h"
 
@@ -55,20 +54,13 @@ Error RunDotInteraction(const InteractionShape& shape, const float* dense, const
       static_cast<size_t>(shape.stride * shape.scratch_width) * sizeof(float);
   const int64_t embeddings_width = (shape.vectors - 1) * shape.width;
 
-  std::atomic<bool> out_of_memory{false};
-  auto interact = [&](size_t index) {
+  const auto interact = [&](size_t index, void* scratch) {
     const int64_t first = static_cast<int64_t>(index) * samples_per_block;
-    const Scratch scratch(scratch_bytes);
-    if (scratch.data() == nullptr) {
-      out_of_memory.store(true, std::memory_order_relaxed);
-      return;
-    }
     path.interact(shape, dense + first * shape.width, embeddings + first * embeddings_width,
-                  std::min(samples_per_block, batch - first), static_cast<float*>(scratch.data()),
+                  std::min(samples_per_block, batch - first), static_cast<float*>(scratch),
                   out + first * shape.output_width);
   };
-  runner.ForEachBlock(static_cast<size_t>(blocks), interact);
-  return out_of_memory.load() ? OutOfMemory(scratch_bytes) : Error();
+  return ForEachBlockWithScratch(runner, static_cast<size_t>(blocks), scratch_bytes, interact);
 }
 
 }  // namespace dlrm_deploy

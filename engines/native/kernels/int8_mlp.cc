@@ -1,10 +1,10 @@
 #include "kernels/int8_mlp.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "kernels/scratch.h"
 
@@ -15,16 +15,19 @@ constexpr int64_t kMostInputs = int64_t{1} << 17;   // of a layer: its sums fit 
 constexpr int64_t kMostOutputs = int64_t{1} << 24;  // of a layer
 constexpr int64_t kMostValues = int64_t{1} << 34;   // weights of a layer
 
-// Samples of a block: two row tiles, whose activations stay close, or enough to use weights often
-// that are read from beyond the L2 cache.
-int64_t BlockRows(size_t weight_bytes) { return weight_bytes >= (1 << 20) ? 128 : 32; }
-
 // A batch of up to kSplitRows samples is split by columns, layer by layer, in pieces of about
 // kSplitBytes of weights, where the weights have kSplitWeightBytes or more: then reading them takes
 // longest, and two threads that each read half of them do it in half of the time.
 constexpr int64_t kSplitRows = 64;
 constexpr int64_t kSplitBytes = 128 << 10;
 constexpr size_t kSplitWeightBytes = 1 << 20;
+
+// Samples of a block: two row tiles, whose activations stay close. More of them use a weight more
+// often where weights may not fit into the L2 cache, as long as there are several blocks.
+int64_t BlockRows(int64_t batch, size_t weight_bytes) {
+  if (weight_bytes < kSplitWeightBytes || batch <= 128) return 32;
+  return batch <= 256 ? 64 : 128;
+}
 
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDivide(a, b) * b; }
@@ -46,15 +49,12 @@ void PackLayer(const Int8Weights& from, const Int8Layer& layer, int8_t* weights,
 Error PackedInt8Mlp::Create(int64_t inputs, const std::vector<Int8Weights>& layers, bool relu_last,
                             PackedInt8Mlp* mlp) {
   if (layers.empty()) return std::string("an MlpInt8 needs at least one layer");
-  mlp->layers_.clear();
-  mlp->weight_bytes_ = 0;
-  mlp->widest_in_ = 0;
-  mlp->widest_hidden_ = 0;
+  PackedInt8Mlp made;
   size_t floats = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
     const bool last = l + 1 == layers.size();
     Int8Layer layer = {};
-    layer.inputs = l == 0 ? inputs : mlp->layers_.back().outputs;
+    layer.inputs = l == 0 ? inputs : made.layers_.back().outputs;
     layer.outputs = layers[l].outputs;
     layer.relu = !last || relu_last;
     if (layer.inputs < 1 || layer.outputs < 1 || layer.inputs > kMostInputs ||
@@ -66,23 +66,23 @@ Error PackedInt8Mlp::Create(int64_t inputs, const std::vector<Int8Weights>& laye
     }
     layer.k_tiles = CeilDivide(layer.inputs, kInt8TileInputs);
     layer.n_tiles = CeilDivide(layer.outputs, kInt8TileColumns);
-    mlp->weight_bytes_ += static_cast<size_t>(layer.n_tiles * layer.k_tiles * kInt8TileBytes);
+    made.weight_bytes_ += static_cast<size_t>(layer.n_tiles * layer.k_tiles * kInt8TileBytes);
     floats += static_cast<size_t>(2 * layer.n_tiles * kInt8TileColumns);
-    mlp->widest_in_ = std::max(mlp->widest_in_, layer.k_tiles * kInt8TileInputs);
+    made.widest_in_ = std::max(made.widest_in_, layer.k_tiles * kInt8TileInputs);
     if (!last) {
-      mlp->widest_hidden_ = std::max(mlp->widest_hidden_, layer.n_tiles * kInt8TileColumns);
+      made.widest_hidden_ = std::max(made.widest_hidden_, layer.n_tiles * kInt8TileColumns);
     }
-    mlp->layers_.push_back(layer);
+    made.layers_.push_back(layer);
   }
-  mlp->packed_ = std::make_unique<AlignedBuffer>();
-  const size_t bytes = mlp->weight_bytes_ + floats * sizeof(float);
-  void* const packed = mlp->packed_->Reserve(bytes);
+  made.packed_ = std::make_unique<AlignedBuffer>();
+  const size_t bytes = made.weight_bytes_ + floats * sizeof(float);
+  void* const packed = made.packed_->Reserve(bytes);
   if (packed == nullptr) throw std::bad_alloc();
   std::memset(packed, 0, bytes);
   int8_t* weights = static_cast<int8_t*>(packed);
-  float* values = reinterpret_cast<float*>(weights + mlp->weight_bytes_);
+  float* values = reinterpret_cast<float*>(weights + made.weight_bytes_);
   for (size_t l = 0; l < layers.size(); ++l) {
-    Int8Layer& layer = mlp->layers_[l];
+    Int8Layer& layer = made.layers_[l];
     const int64_t columns = layer.n_tiles * kInt8TileColumns;
     PackLayer(layers[l], layer, weights, values, values + columns);
     layer.weights = weights;
@@ -91,6 +91,7 @@ Error PackedInt8Mlp::Create(int64_t inputs, const std::vector<Int8Weights>& laye
     weights += layer.n_tiles * layer.k_tiles * kInt8TileBytes;
     values += 2 * columns;
   }
+  *mlp = std::move(made);
   return {};
 }
 
@@ -109,18 +110,11 @@ void PackedInt8Mlp::Place(int64_t rows, void* memory, Int8MlpTask* task) const {
 
 Error PackedInt8Mlp::RunBlocks(const KernelPath& path, const float* x, int64_t batch,
                                const BlockRunner& runner, float* y) const {
-  const int64_t rows = std::min(batch, BlockRows(weight_bytes_));
-  const size_t bytes = ScratchBytes(rows);
-  std::atomic<bool> out_of_memory{false};
-  auto run = [&](size_t block) {
+  const int64_t rows = std::min(batch, BlockRows(batch, weight_bytes_));
+  const auto run = [&](size_t block, void* scratch) {
     const int64_t first = static_cast<int64_t>(block) * rows;
-    const Scratch scratch(bytes);
-    if (scratch.data() == nullptr) {
-      out_of_memory.store(true, std::memory_order_relaxed);
-      return;
-    }
     Int8MlpTask task = {};
-    Place(rows, scratch.data(), &task);
+    Place(rows, scratch, &task);
     task.layers = layers_.data();
     task.count = static_cast<int64_t>(layers_.size());
     task.rows = std::min(rows, batch - first);
@@ -131,8 +125,8 @@ Error PackedInt8Mlp::RunBlocks(const KernelPath& path, const float* x, int64_t b
     task.end_tile = layers_.back().n_tiles;
     path.run_int8_mlp(task);
   };
-  runner.ForEachBlock(static_cast<size_t>(CeilDivide(batch, rows)), run);
-  return out_of_memory.load() ? OutOfMemory(bytes) : Error();
+  return ForEachBlockWithScratch(runner, static_cast<size_t>(CeilDivide(batch, rows)),
+                                 ScratchBytes(rows), run);
 }
 
 Error PackedInt8Mlp::RunSplitLayers(const KernelPath& path, const float* x, int64_t batch,

@@ -16,11 +16,6 @@ namespace {
 constexpr int kRows = kInt8TileRows;
 constexpr int kSums = kInt8TileRows * kInt8TileColumns;  // of a tile
 
-// The first `count` lanes: none when it is negative, all when there are more.
-inline __mmask16 FirstLanes(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u);
-}
-
 // Up to four tiles of sums that wait for their epilogue, in units of kUnit samples.
 struct Block {
   struct Tile {
@@ -37,10 +32,7 @@ struct Block {
   __m512 floor;  // 0 for a ReLU
   int units;     // of all tiles
 };
-constexpr int kUnit = 4;
 constexpr int kUnitsOfTile = kRows / kUnit;
-// With this few products in a block there is nothing to hide the epilogue of the block before in.
-constexpr int64_t kFewInputTiles = 1;
 
 inline void FinishUnit(const Block& block, int unit) {
   const Block::Tile& tile = block.tile[unit / kUnitsOfTile];
@@ -62,11 +54,6 @@ inline void FinishUnit(const Block& block, int unit) {
   } else {
     for (int r = 0; first + r < tile.rows; ++r) finish(r);
   }
-}
-
-inline void FinishBlock(Block* block) {
-  for (int unit = 0; unit < block->units; ++unit) FinishUnit(*block, unit);
-  block->units = 0;
 }
 
 // What the blocks of a layer share.

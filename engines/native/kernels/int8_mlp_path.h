@@ -42,8 +42,8 @@ struct Int8MlpTask {
   const float* x;    // [rows, x_stride]; null: an earlier task left codes and steps, count is 1
   int64_t x_stride;  // floats
   // Codes in a form of the path's own: 2 bytes for every sample (rounded up to 16) and input
-  // (rounded up to 64) are enough, and 16 samples take that many whatever their number. 64-byte
-  // aligned, as is steps [rows rounded up to 16].
+  // (rounded up to 64) are enough. What belongs to no sample may stay unwritten. 64-byte aligned,
+  // as is steps [rows rounded up to 16].
   void* codes;
   float* steps;
   float* hidden;  // between layers: [rows, widest n_tiles * 16]; 64-byte aligned

@@ -1,9 +1,9 @@
 #include "kernels/mlp.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "kernels/scratch.h"
 
@@ -47,14 +47,12 @@ void PackLayer(const MlpWeights& from, const MlpLayer& layer, uint16_t* weights,
 Error PackedMlp::Create(int64_t inputs, const std::vector<MlpWeights>& layers, bool relu_last,
                         PackedMlp* mlp) {
   if (layers.empty()) return std::string("an Mlp needs at least one layer");
-  mlp->layers_.clear();
-  mlp->weight_bytes_ = 0;
-  mlp->widest_ = 0;
+  PackedMlp made;
   size_t bias_bytes = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
     const bool last = l + 1 == layers.size();
     MlpLayer layer = {};
-    layer.inputs = l == 0 ? inputs : mlp->layers_.back().outputs;
+    layer.inputs = l == 0 ? inputs : made.layers_.back().outputs;
     layer.outputs = layers[l].outputs;
     layer.relu = !last || relu_last;
     if (layer.inputs < 1 || layer.outputs < 1 || layer.inputs > kMostWidth ||
@@ -67,26 +65,27 @@ Error PackedMlp::Create(int64_t inputs, const std::vector<MlpWeights>& layers, b
     layer.k_tiles = CeilDivide(layer.inputs, kMlpTileInputs);
     layer.n_tiles = CeilDivide(layer.outputs, kMlpTileColumns);
     if (!last) layer.n_tiles += layer.n_tiles % 2;  // whole tiles of inputs for the next layer
-    mlp->weight_bytes_ += static_cast<size_t>(layer.n_tiles * layer.k_tiles * kMlpTileValues) * 2;
+    made.weight_bytes_ += static_cast<size_t>(layer.n_tiles * layer.k_tiles * kMlpTileValues) * 2;
     bias_bytes += static_cast<size_t>(layer.n_tiles * kMlpTileColumns) * sizeof(float);
-    mlp->widest_ = std::max(mlp->widest_, layer.k_tiles * kMlpTileInputs);
-    mlp->layers_.push_back(layer);
+    made.widest_ = std::max(made.widest_, layer.k_tiles * kMlpTileInputs);
+    made.layers_.push_back(layer);
   }
-  mlp->packed_ = std::make_unique<AlignedBuffer>();
-  const size_t bytes = mlp->weight_bytes_ + bias_bytes;
-  void* const packed = mlp->packed_->Reserve(bytes);
+  made.packed_ = std::make_unique<AlignedBuffer>();
+  const size_t bytes = made.weight_bytes_ + bias_bytes;
+  void* const packed = made.packed_->Reserve(bytes);
   if (packed == nullptr) throw std::bad_alloc();
   std::memset(packed, 0, bytes);
   uint16_t* weights = static_cast<uint16_t*>(packed);
-  float* bias = reinterpret_cast<float*>(static_cast<char*>(packed) + mlp->weight_bytes_);
+  float* bias = reinterpret_cast<float*>(static_cast<char*>(packed) + made.weight_bytes_);
   for (size_t l = 0; l < layers.size(); ++l) {
-    MlpLayer& layer = mlp->layers_[l];
+    MlpLayer& layer = made.layers_[l];
     PackLayer(layers[l], layer, weights, bias);
     layer.weights = weights;
     layer.bias = bias;
     weights += layer.n_tiles * layer.k_tiles * kMlpTileValues;
     bias += layer.n_tiles * kMlpTileColumns;
   }
+  *mlp = std::move(made);
   return {};
 }
 
@@ -115,19 +114,12 @@ void PackedMlp::RunRows(const KernelPath& path, const float* x, int64_t rows, fl
 Error PackedMlp::RunBlocks(const KernelPath& path, const float* x, int64_t batch, int64_t rows,
                            const BlockRunner& runner, float* y) const {
   const size_t bytes = ScratchBytes(rows);
-  std::atomic<bool> out_of_memory{false};
-  auto run = [&](size_t block) {
+  const auto run = [&](size_t block, void* scratch) {
     const int64_t first = static_cast<int64_t>(block) * rows;
-    const Scratch scratch(bytes);
-    if (scratch.data() == nullptr) {
-      out_of_memory.store(true, std::memory_order_relaxed);
-      return;
-    }
     RunRows(path, x + first * inputs(), std::min(rows, batch - first), y + first * outputs(),
-            scratch.data());
+            scratch);
   };
-  runner.ForEachBlock(static_cast<size_t>(CeilDivide(batch, rows)), run);
-  return out_of_memory.load() ? OutOfMemory(bytes) : Error();
+  return ForEachBlockWithScratch(runner, static_cast<size_t>(CeilDivide(batch, rows)), bytes, run);
 }
 
 Error PackedMlp::RunSplitLayers(const KernelPath& path, const float* x, int64_t batch,
@@ -136,38 +128,32 @@ Error PackedMlp::RunSplitLayers(const KernelPath& path, const float* x, int64_t 
   AlignedBuffer shared;
   char* from = static_cast<char*>(shared.Reserve(2 * bytes));
   if (from == nullptr) return OutOfMemory(2 * bytes);
-  std::atomic<bool> out_of_memory{false};
   char* to = from + bytes;
-  for (size_t l = 0; l < layers_.size() && !out_of_memory.load(); ++l) {
+  for (size_t l = 0; l < layers_.size(); ++l) {
     const MlpLayer& layer = layers_[l];
     const bool last = l + 1 == layers_.size();
     const int64_t tile_bytes = layer.k_tiles * kMlpTileValues * 2;
     const int64_t tiles = std::max<int64_t>(4, CeilDivide(kSplitBytes, tile_bytes) / 4 * 4);
-    auto run = [&](size_t block) {
+    const auto run = [&](size_t block, void* scratch) {
       MlpTask task = {};
       task.layers = &layer;
       task.count = 1;
       task.rows = batch;
-      task.from = from;
-      const Scratch inputs(l == 0 ? bytes : 0);
-      if (l == 0) {
-        task.x = x;  // each thread converts the inputs for itself: they are few
-        task.from = inputs.data();
-        if (task.from == nullptr) {
-          out_of_memory.store(true, std::memory_order_relaxed);
-          return;
-        }
-      }
+      task.x = l == 0 ? x : nullptr;  // each thread converts the inputs for itself: they are few
+      task.from = l == 0 ? scratch : from;
       task.to = to;
       task.y = last ? y : nullptr;
       task.first_tile = static_cast<int64_t>(block) * tiles;
       task.end_tile = std::min(layer.n_tiles, task.first_tile + tiles);
       path.run_mlp(task);
     };
-    runner.ForEachBlock(static_cast<size_t>(CeilDivide(layer.n_tiles, tiles)), run);
+    const size_t blocks = static_cast<size_t>(CeilDivide(layer.n_tiles, tiles));
+    if (Error error = ForEachBlockWithScratch(runner, blocks, l == 0 ? bytes : 0, run)) {
+      return error;
+    }
     std::swap(from, to);
   }
-  return out_of_memory.load() ? OutOfMemory(bytes) : Error();
+  return {};
 }
 
 Error PackedMlp::Run(const KernelPath& path, const float* x, int64_t batch,

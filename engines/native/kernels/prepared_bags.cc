@@ -400,8 +400,10 @@ void PreparedBags::PoolTogether(const BlockRunner& runner, int64_t b0, int64_t b
   const int64_t samples_per_block =
       PiecesPerBlock(bag_bytes * static_cast<double>(slots_per_block), samples);
   const int64_t sample_blocks = DivideUp(samples, samples_per_block);
-  auto pool = [&](size_t index) {
-    const int64_t block = static_cast<int64_t>(index);
+  // In order, whichever thread asks: a runner may give each thread a range of its own.
+  std::atomic<int64_t> next{0};
+  auto pool = [&](size_t) {
+    const int64_t block = next.fetch_add(1, std::memory_order_relaxed);
     const int64_t t = block / sample_blocks * slots_per_block;
     const int64_t b = block % sample_blocks * samples_per_block;
     Pool(t, std::min(slots_, t + slots_per_block), b0 + b,

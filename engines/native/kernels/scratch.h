@@ -2,10 +2,12 @@
 #ifndef DLRM_DEPLOY_KERNELS_SCRATCH_H_
 #define DLRM_DEPLOY_KERNELS_SCRATCH_H_
 
+#include <atomic>
 #include <cstddef>
 
 #include "kernels/aligned_buffer.h"
 #include "kernels/error.h"
+#include "kernels/parallel.h"
 
 namespace dlrm_deploy {
 
@@ -30,6 +32,24 @@ class Scratch {
 
 // What to say when memory ran out.
 Error OutOfMemory(size_t bytes);
+
+// `body(block, scratch)` for each block, with `bytes` of scratch that are the block's own, 64-byte
+// aligned. Fails only when memory runs out; some blocks have then not run.
+template <class Body>
+Error ForEachBlockWithScratch(const BlockRunner& runner, size_t blocks, size_t bytes,
+                              const Body& body) {
+  std::atomic<bool> out_of_memory{false};
+  auto run = [&](size_t block) {
+    const Scratch scratch(bytes);
+    if (scratch.data() == nullptr) {
+      out_of_memory.store(true, std::memory_order_relaxed);
+    } else {
+      body(block, scratch.data());
+    }
+  };
+  runner.ForEachBlock(blocks, run);
+  return out_of_memory.load() ? OutOfMemory(bytes) : Error();
+}
 
 }  // namespace dlrm_deploy
 

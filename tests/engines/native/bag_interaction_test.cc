@@ -156,6 +156,21 @@ TEST(BagInteraction, ABadIdIsNamedAsByTheBagsAlone) {
   }
 }
 
+TEST(BagInteraction, ABadIdOfALargeSampleIsNamedWhereverItIsPooled) {
+  const std::vector<std::vector<int64_t>> wide(2, std::vector<int64_t>(300, 3));
+  for (const size_t position : {size_t{4}, size_t{899}, size_t{1799}}) {  // the last: second step
+    BagCase c = MakeCase("error", wide, {4, 5}, 4096);
+    c.indices[position] = 5;
+    const std::vector<float> dense = Dense(300, 4096);
+    for (const KernelPath& path : AllKernelPaths()) {
+      if (!path.supported()) continue;
+      const FusedResult result = RunFused<int64_t>(c, dense, false, false, path, 2);
+      ASSERT_TRUE(result.error) << path.name;
+      EXPECT_EQ(*result.error, *RunAs<int64_t>(c, path, 1).error);
+    }
+  }
+}
+
 TEST(BagInteraction, VectorsOfNoColumnsHaveProductsOfZero) {
   const BagCase c = MakeCase("no columns", {{1, 2, 0}, {0, 1, 1}}, {4, 5}, 0);
   for (const KernelPath& path : AllKernelPaths()) {

@@ -33,7 +33,7 @@ struct Chain {
 
 Chain RandomChain(std::vector<int64_t> widths, bool relu_last, unsigned seed) {
   std::mt19937 random(seed);
-  std::uniform_int_distribution<int> code(-127, 127);
+  std::uniform_int_distribution<int> code(-128, 127);
   std::uniform_real_distribution<float> scale(0.5f, 1.5f);
   std::normal_distribution<float> normal;
   Chain chain{std::move(widths), relu_last, {}, {}, {}};
@@ -171,12 +171,12 @@ TEST(Int8Mlp, EveryPathEqualsTheReferenceOnChains) {
 TEST(Int8Mlp, SumsDoNotOverflowOnTheLongestLayer) {
   constexpr int64_t kMost = 131072;
   Chain chain = RandomChain({kMost, 2}, false, 3);
-  std::fill(chain.weights[0].begin(), chain.weights[0].begin() + kMost, int8_t{-127});
+  std::fill(chain.weights[0].begin(), chain.weights[0].begin() + kMost, int8_t{-128});
   std::fill(chain.weights[0].begin() + kMost, chain.weights[0].end(), int8_t{127});
   chain.scales[0] = {1.0f, 1.0f};
   chain.biases[0] = {0.0f, 0.0f};
   const std::vector<float> x(kMost, 127.0f);
-  ASSERT_EQ(Reference(chain, x, 1)[1], 127.0f * 127.0f * 131072.0f);
+  ASSERT_EQ(Reference(chain, x, 1)[0], -128.0f * 127.0f * 131072.0f);
   ExpectRight(chain, x, 1);
   PackedInt8Mlp mlp;
   const int8_t weight = 0;
@@ -260,6 +260,59 @@ TEST(Int8Mlp, SamplesOfZerosTinyAndHugeValuesFollowTheReference) {
     x[6 * 20 + k] = -0.0f;
   }
   ExpectRight(chain, x, 7);
+}
+
+TEST(Int8Mlp, CodesBeginWhereTheLargestValueIsTenToTheMinusThirty) {
+  Chain chain = RandomChain({3, 1}, false, 1);
+  chain.weights[0] = {100, 50, 0};
+  chain.scales[0] = {1e30f};
+  chain.biases[0] = {0.0f};
+  const std::vector<float> x = {1e-30f, 0, 0, std::nextafterf(1e-30f, 0.0f), 0, 0, 1e-33f, 0, 0};
+  ExpectRight(chain, x, 3);
+  const std::vector<float> y = OutputsOf(Pack(chain), AllKernelPaths().back(), x, 3);
+  EXPECT_NEAR(y[0], 100.0f, 1e-3f);
+  EXPECT_EQ(y[1], 0.0f);
+  EXPECT_EQ(y[2], 0.0f);
+}
+
+TEST(Int8Mlp, LargeChainsEqualTheReferenceSplitByColumnsOrByRows) {
+  const Chain chain = RandomChain({100, 1000, 1100, 3}, false, 9);
+  const PackedInt8Mlp mlp = Pack(chain);
+  for (const int64_t batch : {3, 65, 140}) {
+    const std::vector<float> x = RandomInputs(batch * 100, 4);
+    const std::vector<float> expected = Reference(chain, x, batch);
+    for (const KernelPath& path : AllKernelPaths()) {
+      if (!path.supported() || (batch > 65 && std::string(path.name) == "scalar")) continue;
+      ExpectSame(OutputsOf(mlp, path, x, batch, 3), expected, path.name);
+    }
+  }
+}
+
+// Counts the blocks of each call, and runs them.
+class CountingRunner : public BlockRunner {
+ public:
+  mutable std::vector<size_t> calls;
+
+ protected:
+  void Run(size_t blocks, RunBlock run, void* context) const override {
+    calls.push_back(blocks);
+    for (size_t block = 0; block < blocks; ++block) run(context, block);
+  }
+};
+
+TEST(Int8Mlp, EveryBatchOfALargeChainIsSeveralBlocks) {
+  const Chain chain = RandomChain({100, 1024, 1024, 1}, false, 2);
+  const PackedInt8Mlp mlp = Pack(chain);
+  std::vector<float> y(600);
+  for (const int64_t batch : {1, 33, 64, 65, 96, 128, 129, 200, 256, 257, 600}) {
+    const CountingRunner runner;
+    const std::vector<float> x = RandomInputs(batch * 100, 1);
+    ASSERT_FALSE(mlp.Run(
+        AllKernelPaths().front().supported() ? AllKernelPaths().front() : AllKernelPaths().back(),
+        x.data(), batch, runner, y.data()));
+    ASSERT_FALSE(runner.calls.empty()) << batch;
+    for (const size_t blocks : runner.calls) EXPECT_GE(blocks, 3u) << batch;
+  }
 }
 
 TEST(Int8Mlp, SizesThatMakeNoLayerAreRefused) {

@@ -1,5 +1,5 @@
-// path_amx.cc: the MLP on AMX tiles. Compiled with the instruction sets it needs; called only where
-// amx_support.h says that CPU and operating system have them.
+// mlp_amx.cc: the bf16 MLP on AMX tiles. Compiled with the instruction sets it needs; called only
+// where amx_support.h says that CPU and operating system have them.
 //
 // Activations lie in tiles too: [row tile][input tile][16 samples][32 inputs] bf16. The epilogue of
 // 32 columns then writes whole cache lines of the next layer's tiles, and every tile is 1 KB in a
@@ -25,11 +25,6 @@ inline __m512i RoundPair(__m512 low, __m512 high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
-// The first `count` lanes: none when it is negative, all when there are more.
-inline __mmask16 FirstLanes(int64_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u);
-}
-
 // A block of 32 samples by 32 columns, or 16 by up to 64, whose sums wait for their epilogue, in up
 // to two groups of 16 samples by 32 columns.
 struct Block {
@@ -41,9 +36,6 @@ struct Block {
   int units_of_group;  // of kUnit samples
   int units;           // of all groups
 };
-constexpr int kUnit = 4;
-// With this few products in a block there is nothing to hide the epilogue of the block before in.
-constexpr int64_t kFewInputTiles = 1;
 
 // Bias, ReLU and bf16 for one unit, into the next layer's tiles.
 inline void FinishUnit(const Block& block, int unit) {
@@ -65,12 +57,6 @@ inline void FinishUnit(const Block& block, int unit) {
                                             _mm512_add_ps(high_bias, _mm512_load_ps(sums + kSums)));
     _mm512_store_si512(out, RoundPair(low, high));
   }
-}
-
-// Finishes what is left of a block.
-inline void FinishBlock(Block* block) {
-  for (int unit = 0; unit < block->units; ++unit) FinishUnit(*block, unit);
-  block->units = 0;
 }
 
 // The samples of a task, in tiles.
