@@ -39,7 +39,7 @@ REFERENCE = "torch"
 
 Verify = Literal["auto", "full", "none"]
 
-MlpPrecision = Literal["fp32", "bf16"]
+MlpPrecision = Literal["fp32", "bf16", "int8"]
 MLP_PRECISIONS: tuple[MlpPrecision, ...] = get_args(MlpPrecision)
 
 MIXED = "auto-mixed"
@@ -129,7 +129,7 @@ class Manifest:
     @property
     def mlp_precision(self) -> MlpPrecision:
         """Number format of the MLPs' weights and activations."""
-        return "bf16" if self.precision["mlp"] == "bf16" else "fp32"
+        return next(name for name in MLP_PRECISIONS if name == self.precision["mlp"])
 
     def files_digest(self, engine: str) -> str:
         """SHA-256 over the hashes of the files that the scores of an engine follow from: model, weights, its own plan.
@@ -237,7 +237,7 @@ class Manifest:
         if tables not in (*ROW_FORMATS, MIXED) or mlp not in MLP_PRECISIONS:
             raise BundleError(
                 f"{where} is damaged: precision is {self.precision}, expected tables of {', '.join(ROW_FORMATS)} or "
-                f"{MIXED}, and mlp of {' or '.join(MLP_PRECISIONS)}. Export the bundle again."
+                f"{MIXED}, and mlp of {', '.join(MLP_PRECISIONS)}. Export the bundle again."
             )
         parts = {part.name for group in self.model.groups for part in group.parts}
         for part, kind in self.table_formats.items():

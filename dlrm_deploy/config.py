@@ -22,8 +22,9 @@ Pooling = Literal["sum", "mean"]
 Interaction = Literal["dot", "concat", "dcn", "dcn-v1", "projection", "fm"]
 DenseTransform = Literal["none", "log1p", "log3"]
 IndexPolicy = Literal["error", "clamp", "modulo", "zero"]
-Precision = Literal["fp32", "fp16", "bf16"]
-"""Number format of a plan's MLPs and interaction. Tables, the last layer and the sigmoid stay fp32."""
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+"""Number format of a plan's MLPs and interaction. Tables, the last layer and the sigmoid stay fp32. int8 is that of the
+MLPs, last layers too, beside an interaction in fp32."""
 
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 INTERACTIONS: tuple[str, ...] = get_args(Interaction)

@@ -3,7 +3,8 @@
     python -m dlrm_deploy.precision_table --runs runs/models --write docs/precision.md
 
 Trains recipes as `dlrm_deploy.models_table` does, and shares its runs: what is finished there is not trained again.
-Each model is converted to every pair of formats, and the PyTorch engine scores the test split with the stored numbers.
+Each model is converted to every pair of formats, int8 MLPs beside fp32 and int8 tables only, and the PyTorch engine
+scores the test split with the stored numbers.
 
 Main path: `compare` -> `train_one` -> `convert_one` for each seed -> `markdown`.
 """
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from dlrm_deploy.data.dataset import Dataset
 
 RECIPES = ("movielens", "criteo-planted")
+_MLPS: dict[RowFormat, tuple[MlpPrecision, ...]] = {"fp32": ("fp32", "bf16", "int8"), "int8": ("fp32", "bf16", "int8")}
 FORMATS: tuple[tuple[RowFormat, MlpPrecision], ...] = tuple(
-    (tables, mlp) for tables in ROW_FORMATS for mlp in ("fp32", "bf16")
+    (tables, mlp) for tables in ROW_FORMATS for mlp in _MLPS.get(tables, ("fp32", "bf16"))
 )
 """Formats of tables and MLPs; fp32 is the first."""
 

@@ -1,8 +1,8 @@
-"""Convert an fp32 bundle: tables to smaller row formats, MLPs to bfloat16. Block by block, from its mapped tables.
+"""Convert an fp32 bundle: tables to smaller row formats, MLPs to bfloat16 or int8.
 
-The new bundle is whole in itself. Its golden batch holds the scores of its own PyTorch model, which is the reference
-for the stored numbers, and those of the fp32 model beside them. How much worse it is than the fp32 model is measured by
-`dlrm_deploy.parity.accuracy`; an export passes that in as `accept`.
+Tables go block by block, from their files. The new bundle is whole in itself. Its golden batch holds the scores of its
+own PyTorch model, which is the reference for the stored numbers, and those of the fp32 model beside them. How much
+worse it is than the fp32 model is measured by `dlrm_deploy.parity.accuracy`; an export passes that in as `accept`.
 
 Main path: `convert_bundle` -> `formats_choice.choose` -> `_write_matrix` -> `bundle.write_rest`.
 """
@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dlrm_deploy.bundle import MANIFEST, MIXED, REFERENCE, Bundle, Golden, MlpPrecision, TableGroupRecord
+from dlrm_deploy.bundle import (
+    MANIFEST,
+    MIXED,
+    MLP_PRECISIONS,
+    REFERENCE,
+    Bundle,
+    Golden,
+    MlpPrecision,
+    TableGroupRecord,
+)
 from dlrm_deploy.checksums import RowChecksums
 from dlrm_deploy.errors import ConfigError, OutputError
 from dlrm_deploy.export.bundle import Checksums, Progress, check_room, write_rest
@@ -54,7 +63,8 @@ def convert_bundle(
 
     Raises:
         ConfigError: `fp32` is a converted bundle, or nothing is to be converted.
-        FormatError: a row cannot be stored in the format asked for; the message names table, row and value.
+        FormatError: a row of a table or of an MLP's weight cannot be stored in the format asked for; the message names
+            table or weight, row and value.
         OutputError: `out` exists, is `fp32` itself, or cannot be written; nothing is left there.
     """
     _check_asked(fp32, tables, mlp)
@@ -113,9 +123,10 @@ def _check_asked(fp32: Bundle, tables: str, mlp: str) -> None:
             f"{fp32.path} is converted already: tables {manifest.precision['tables']}, mlp "
             f"{manifest.precision['mlp']}. Give the fp32 bundle or the checkpoint that it was made from."
         )
-    if tables not in TABLES or mlp not in ("fp32", "bf16"):
+    if tables not in TABLES or mlp not in MLP_PRECISIONS:
         raise ConfigError(
-            f"tables must be one of {', '.join(TABLES)} and mlp fp32 or bf16, got {tables!r} and {mlp!r}."
+            f"tables must be one of {', '.join(TABLES)} and mlp one of {', '.join(MLP_PRECISIONS)}, got {tables!r} and "
+            f"{mlp!r}."
         )
     if (tables, mlp) == ("fp32", "fp32"):
         raise ConfigError(f"nothing is to be converted: {fp32.path} is the fp32 bundle.")

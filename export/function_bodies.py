@@ -6,12 +6,15 @@ is written by `pooling_bodies`, what decodes stored rows by `row_decoding`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from dlrm_deploy.export.nodes import DOMAIN, OPSET, Nodes
 from dlrm_deploy.export.pooling_bodies import pool
+from dlrm_deploy.int8_codes import EXACT_IN_FLOAT32, LARGEST_CODE, LEAST_SIZE
 from dlrm_deploy.ops.contract import BAG_INPUTS, BagAttributes
 
 
@@ -58,6 +61,45 @@ def mlp_function(layers: int, relu_last: bool, overload: str) -> onnx.FunctionPr
         if relu:
             x = n.op("Relu", x, output=name)
     return _function("Mlp", inputs, ["y"], n, ["relu_last"], overload)
+
+
+def mlp_int8_function(inputs: Sequence[int], relu_last: bool, overload: str) -> onnx.FunctionProto:
+    """`MlpInt8` for a node whose layers have these numbers of inputs.
+
+    Sums are those of floating-point matrix products, exact for whole numbers of their size on every CPU. ONNX Runtime's
+    integer products can saturate where there is no VNNI.
+    """
+    n = Nodes()
+    names, x = ["x"], "x"
+    for layer, width in enumerate(inputs):
+        weight, scale, bias = f"weight{layer}", f"scale{layer}", f"bias{layer}"
+        names += [weight, scale, bias]
+        last = layer == len(inputs) - 1
+        exact = TensorProto.FLOAT if width <= EXACT_IN_FLOAT32 else TensorProto.DOUBLE
+        codes = n.op("Cast", weight, to=exact)
+        x = int8_layer(n, x, codes, scale, bias, exact, relu=relu_last or not last, output="y" if last else None)
+    return _function("MlpInt8", names, ["y"], n, ["relu_last"], overload)
+
+
+def int8_layer(
+    n: Nodes, x: str, codes: str, scale: str, bias: str, kind: int, *, relu: bool, output: str | None = None
+) -> str:
+    """Standard operators for a layer of `MlpInt8`, whose weight's codes are of an ONNX floating-point type `kind`.
+
+    A value that is NaN or infinite has a code that is NaN, and so all sums of its sample are.
+    """
+    largest = n.op("ReduceMax", n.op("Abs", x), n.constant([1]), keepdims=1)
+    counts = n.op("GreaterOrEqual", largest, n.constant(LEAST_SIZE, np.float32))
+    most = n.constant(LARGEST_CODE, np.float32)
+    inverse = n.op("Where", counts, n.op("Div", most, largest), n.constant(0.0, np.float32))
+    rounded = n.op("Round", n.op("Mul", x, inverse))
+    if kind == TensorProto.FLOAT:
+        sums = n.op("Gemm", rounded, codes, transB=1)
+    else:
+        sums = n.op("Cast", n.op("Gemm", n.op("Cast", rounded, to=kind), codes, transB=1), to=TensorProto.FLOAT)
+    scaled = n.op("Mul", n.op("Mul", sums, n.op("Div", largest, most)), scale)
+    y = n.op("Add", scaled, bias, output=None if relu else output)
+    return n.op("Relu", y, output=output) if relu else y
 
 
 def _bag_inputs(attributes: BagAttributes) -> list[str]:

@@ -2,12 +2,13 @@
 
 Not traced: tables stay outside as external data, embedding bags stay one node a table group, and the graph depends on
 nothing but the config and the number formats. Bags and dot interaction are one node where they can be, and so is a
-whole MLP in bfloat16. Blocks are shared with `tensorrt_graph`, which writes the same model in a form TensorRT builds.
+whole MLP in bfloat16 or int8. Blocks are shared with `tensorrt_graph`, which writes the same model in a form TensorRT
+builds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from dlrm_deploy.export.function_bodies import (
     embedding_bag_dot_interaction_function,
     embedding_bag_function,
     mlp_function,
+    mlp_int8_function,
 )
 from dlrm_deploy.export.nodes import DOMAIN, DOMAIN_VERSION, OPSET, Nodes
 from dlrm_deploy.export.pooling_bodies import bag_of_each_id
@@ -45,6 +47,7 @@ from dlrm_deploy.formats import (
     tensor_name,
     to_bf16,
 )
+from dlrm_deploy.int8_codes import quantize_weight
 from dlrm_deploy.model.keys import bottom_keys, mlp_weight_keys
 from dlrm_deploy.model.stage_names import INTERACTIONS, path_name, pooled_name
 from dlrm_deploy.model.vectors import path_features, runs
@@ -91,14 +94,16 @@ def write_model(
         tables: the stored matrices, as `Manifest.table_groups` lists them; files are relative to the model.
         index_dtype: "int32" or "int64", type of `indices` and `offsets`.
         table_formats: row format of each table part that is not fp32.
-        mlp_precision: bf16 writes each MLP as one node with weights in bfloat16.
+        mlp_precision: bf16 and int8 write each MLP as one node with weights in that format.
+
+    Raises:
+        FormatError: a weight that `mlp_precision` cannot store.
     """
     inputs, outputs = signature(config, index_dtype)
-    rounded = mlp_weight_keys(config) if mlp_precision == "bf16" else frozenset()
     n = Nodes()
     functions: list[onnx.FunctionProto] = []
     dense_values = transformed_dense(n, config)
-    chain = _chain_writer(n, functions) if mlp_precision == "bf16" else None
+    chain = _chain_writer(n, functions, mlp_precision, dense)
     x = mlp(n, dense_values, bottom_keys(config), "bottom", chain) if config.dense_features else ""
     if fuses(config):
         pooled: list[str] = []
@@ -122,7 +127,7 @@ def write_model(
         [value_info(spec) for spec in outputs],
         [
             *(external_table(record) for record in tables),
-            *(_bf16_tensor(key, array) if key in rounded else _tensor(key, array) for key, array in dense.items()),
+            *dense_tensors(config, dense, mlp_precision),
         ],
     )
     return helper.make_model(
@@ -192,14 +197,26 @@ def _pooled(
     return pooled, slots
 
 
-def _chain_writer(n: Nodes, functions: list[onnx.FunctionProto]) -> Chain:
-    """Writes an MLP as one node, with a body of its own."""
+def _chain_writer(
+    n: Nodes,
+    functions: list[onnx.FunctionProto],
+    precision: MlpPrecision,
+    dense: Mapping[str, npt.NDArray[np.float32]],
+) -> Chain | None:
+    """Writes an MLP as one node, with a body of its own; None where each layer is nodes of its own."""
+    if precision == "fp32":
+        return None
 
     def chain(x: str, layers: Sequence[tuple[str, str]], relu_last: bool, output: str | None) -> str:
-        overload = f"mlp{sum(function.name == 'Mlp' for function in functions)}"
-        functions.append(mlp_function(len(layers), relu_last, overload))
-        weights = [key for keys in layers for key in keys]
-        return n.op("Mlp", x, *weights, output=output, domain=DOMAIN, overload=overload, relu_last=int(relu_last))
+        operator = "Mlp" if precision == "bf16" else "MlpInt8"
+        overload = f"mlp{sum(function.name == operator for function in functions)}"
+        if precision == "bf16":
+            functions.append(mlp_function(len(layers), relu_last, overload))
+            weights = [key for keys in layers for key in keys]
+        else:
+            functions.append(mlp_int8_function([dense[key].shape[1] for key, _ in layers], relu_last, overload))
+            weights = [name for key, bias in layers for name in (key, scale_name(key), bias)]
+        return n.op(operator, x, *weights, output=output, domain=DOMAIN, overload=overload, relu_last=int(relu_last))
 
     return chain
 
@@ -272,14 +289,30 @@ def _path(
     return n.op("Unsqueeze", x, n.constant([1]), output=path_name(name)), bodies
 
 
-def _tensor(name: str, values: npt.NDArray[np.float32]) -> onnx.TensorProto:
-    return numpy_helper.from_array(np.ascontiguousarray(values), name)
+def scale_name(weight: str) -> str:
+    """Name in the graph of the scales of an int8 weight, by the weight's key."""
+    return f"{weight}_scale"
 
 
-def _bf16_tensor(name: str, values: npt.NDArray[np.float32]) -> onnx.TensorProto:
-    """An initializer of the nearest bfloat16 numbers."""
-    raw = to_bf16(values).astype("<u2").tobytes()
-    return TensorProto(name=name, data_type=TensorProto.BFLOAT16, dims=values.shape, raw_data=raw)
+def dense_tensors(
+    config: ModelConfig, dense: Mapping[str, npt.NDArray[np.float32]], mlp_precision: MlpPrecision
+) -> Iterator[onnx.TensorProto]:
+    """The initializers of all weights but the tables, under their keys; scales of an int8 weight follow it.
+
+    Raises:
+        FormatError: a weight of an MLP that int8 cannot store.
+    """
+    rounded = frozenset() if mlp_precision == "fp32" else mlp_weight_keys(config)
+    for key, values in dense.items():
+        if key not in rounded:
+            yield numpy_helper.from_array(np.ascontiguousarray(values), key)
+        elif mlp_precision == "bf16":
+            raw = to_bf16(values).astype("<u2").tobytes()
+            yield TensorProto(name=key, data_type=TensorProto.BFLOAT16, dims=values.shape, raw_data=raw)
+        else:
+            codes, scales = quantize_weight(values, key)
+            yield numpy_helper.from_array(codes, key)
+            yield numpy_helper.from_array(scales, scale_name(key))
 
 
 def value_info(spec: TensorSpec) -> onnx.ValueInfoProto:

@@ -1,8 +1,9 @@
 """Writes the graph of a DLRM in the form that TensorRT builds.
 
 The same model as `graph.write_model`, with two differences: embedding bags are those of `tensorrt_pooling`; and MLPs
-and interaction may run in fp16 or bf16, between pooled vectors in fp32 and an fp32 last layer. Everything is standard
-operators: TensorRT sees none of ours.
+and interaction may run in fp16 or bf16, between pooled vectors in fp32 and an fp32 last layer. MLPs in int8 are float32
+operations on whole numbers, because TensorRT knows no integer products with a step for each sample; the rest of such a
+graph is fp32. Everything is standard operators: TensorRT sees none of ours.
 
 Index policy error becomes clamp here: the host refuses bad ids before it executes a plan, and a plan that is run by
 anything else still never reads outside a table.
@@ -23,6 +24,7 @@ from dlrm_deploy.bundle import TensorSpec
 from dlrm_deploy.config import ModelConfig, Precision
 from dlrm_deploy.errors import EngineError
 from dlrm_deploy.export.blocks import (
+    Chain,
     interact,
     mlp,
     other_vectors,
@@ -30,12 +32,13 @@ from dlrm_deploy.export.blocks import (
     transformed_dense,
     vectors,
 )
-from dlrm_deploy.export.function_bodies import dot_interaction
-from dlrm_deploy.export.graph import IR_VERSION, signature, value_info
+from dlrm_deploy.export.function_bodies import dot_interaction, int8_layer
+from dlrm_deploy.export.graph import IR_VERSION, scale_name, signature, value_info
 from dlrm_deploy.export.nodes import OPSET, Nodes
 from dlrm_deploy.export.tensorrt_pooling import PlanBags, table_constant, table_inputs
 from dlrm_deploy.formats import GroupLayout, RowFormat, tensor_name
-from dlrm_deploy.model.keys import WIDE_BIAS, WIDE_DENSE, bottom_keys, top_keys
+from dlrm_deploy.int8_codes import quantize_weight
+from dlrm_deploy.model.keys import WIDE_BIAS, WIDE_DENSE, bottom_keys, mlp_weight_keys, top_keys
 from dlrm_deploy.model.stage_names import pooled_name
 from dlrm_deploy.model.vectors import path_features
 from dlrm_deploy.ops.contract import by_format
@@ -81,10 +84,12 @@ def write_tensorrt_model(
         table_formats: row format of each table part that is not fp32.
         max_bag: ids that a bag can hold at most; what a longer bag holds beyond it is not read. Fixed pooling factors
             need no padding and ignore it.
-        precision: number format of MLPs and interaction.
+        precision: number format of MLPs and interaction; int8 is that of the MLPs alone. Sums of int8 MLPs are exact up
+            to 1040 inputs, and beyond that rounded where they pass 2^24.
 
     Raises:
         EngineError: weights do not fit `precision`, tables are too large for constants or for int32 row numbers.
+        FormatError: a weight of an MLP that int8 cannot store.
     """
     _check_sizes(config, table_formats or {}, constants=tables is not None)
     n = Nodes()
@@ -97,21 +102,22 @@ def write_tensorrt_model(
     pooled += [bags.path(feature, table) for feature, table in path_features(config)]
     slots = [len(group.slots) for group in groups] + [1] * len(path_features(config))
     dense_values = transformed_dense(n, config)
-    x = mlp(n, _cast(n, dense_values, precision), bottom_keys(config), "bottom") if config.dense_features else ""
-    cast = [_cast(n, output, precision) if count else output for output, count in zip(pooled, slots, strict=True)]
+    chain = _int8_chain(n) if precision == "int8" else None
+    island = "fp32" if precision == "int8" else precision
+    x = mlp(n, _cast(n, dense_values, island), bottom_keys(config), "bottom", chain) if config.dense_features else ""
+    cast = [_cast(n, output, island) if count else output for output, count in zip(pooled, slots, strict=True)]
 
     def dot(first: str, others: str, output: str | None) -> str:
         return dot_interaction(n, first, others, other_vectors(config), config.self_interaction, output)
 
     def to_fp32(name: str) -> str:
-        return name if precision == "fp32" else n.op("Cast", name, to=TensorProto.FLOAT)
+        return name if island == "fp32" else n.op("Cast", name, to=TensorProto.FLOAT)
 
-    x = interact(n, config, x, vectors(n, config, cast, slots), dot)
-    logits = score(n, config, x, dense_values, pooled, to_fp32)
+    x = interact(n, config, x, vectors(n, config, cast, slots), dot, chain)
+    logits = score(n, config, x, dense_values, pooled, to_fp32, chain)
     n.op("Squeeze", n.op("Sigmoid", logits), n.constant([1]), output="probabilities")
 
-    single = {WIDE_DENSE, WIDE_BIAS, *(top_keys(config)[-1:] or ((),))[0]}
-    initializers = [_weight(key, array, "fp32" if key in single else precision) for key, array in dense.items()]
+    initializers = _weights(config, dense, precision)
     for group, stored in zip(config.groups, tables or (), strict=tables is not None):
         for kind, matrix in by_format(stored).items():
             initializers.append(table_constant(tensor_name(group.name, kind), kind, matrix, group.width))
@@ -189,6 +195,36 @@ def _check_sizes(config: ModelConfig, table_formats: Mapping[str, RowFormat], *,
 
 def _cast(n: Nodes, x: str, precision: Precision) -> str:
     return x if precision == "fp32" else n.op("Cast", x, to=_TYPES[precision])
+
+
+def _int8_chain(n: Nodes) -> Chain:
+    """Writes an MLP in the arithmetic of MlpInt8, with the codes of its weights as float32."""
+
+    def chain(x: str, layers: Sequence[tuple[str, str]], relu_last: bool, output: str | None) -> str:
+        for number, (weight, bias) in enumerate(layers, start=1):
+            last = number == len(layers)
+            x = int8_layer(
+                n, x, weight, scale_name(weight), bias, TensorProto.FLOAT,
+                relu=relu_last or not last, output=output if last else None,
+            )  # fmt: skip
+        return x
+
+    return chain
+
+
+def _weights(config: ModelConfig, dense: Mapping[str, FloatArray], precision: Precision) -> list[onnx.TensorProto]:
+    """The initializers of all weights but the tables."""
+    if precision != "int8":
+        single = {WIDE_DENSE, WIDE_BIAS, *(top_keys(config)[-1:] or ((),))[0]}
+        return [_weight(key, array, "fp32" if key in single else precision) for key, array in dense.items()]
+    tensors = []
+    for key, array in dense.items():
+        if key in mlp_weight_keys(config):
+            codes, scales = quantize_weight(array, key)
+            tensors.append(numpy_helper.from_array(scales, scale_name(key)))
+            array = codes.astype(np.float32)
+        tensors.append(_weight(key, array, "fp32"))
+    return tensors
 
 
 def _weight(key: str, array: FloatArray, precision: str) -> onnx.TensorProto:

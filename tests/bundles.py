@@ -109,6 +109,7 @@ CONVERSIONS: dict[str, dict[str, str]] = {
     "bf16": {"tables": "bf16", "mlp": "bf16"},
     "int8": {"tables": "int8", "mlp": "fp32"},
     "int4": {"tables": "int4", "mlp": "bf16"},
+    "int8_mlp": {"tables": "int8", "mlp": "int8"},
 }
 """Number formats of `make_converted`, by a short name."""
 

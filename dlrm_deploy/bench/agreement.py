@@ -10,14 +10,11 @@ from dlrm_deploy.errors import EngineError
 
 FloatArray = npt.NDArray[np.float32]
 
-LEAST_CORRELATION = {"int4": 0.9}
-"""Of the logits of engines of lower precision, by row format of the tables; `_CORRELATION` for the others."""
+_FAR, _CORRELATION = 0.02, 0.99
+"""Of an engine of lower precision: absolute difference of two probabilities, and least correlation of the logits."""
 
-_CORRELATION = 0.99
-
-_FARTHEST = {"int4": 0.1}
-_FAR = 0.02
-"""Absolute difference of two probabilities."""
+_COARSE_FAR, _COARSE_CORRELATION = 0.1, 0.9
+"""Likewise with int4 tables or int8 MLPs."""
 
 _LEAST_SAMPLES = 32
 _LEAST_SPREAD = 1e-3
@@ -43,7 +40,8 @@ def check(agreement: Agreement, *, name: str, reference: str, tables: str, mlp: 
     """Raise unless two engines compute the same.
 
     Two float32 engines may differ by `limit`. An engine of lower precision (tables or MLPs) may differ by 0.02 in a
-    probability, and its logits have to follow the reference's with a correlation of 0.99; 0.1 and 0.9 for int4 tables.
+    probability, and its logits have to follow the reference's with a correlation of 0.99; 0.1 and 0.9 with int4 tables
+    or int8 MLPs.
 
     Args:
         agreement: of outputs on a batch.
@@ -65,7 +63,8 @@ def check(agreement: Agreement, *, name: str, reference: str, tables: str, mlp: 
                 f"most {limit:.2g} is rounding: engines that do not compute the same are not compared. {remedy}"
             )
         return
-    far, least = _FARTHEST.get(tables, _FAR), LEAST_CORRELATION.get(tables, _CORRELATION)
+    coarse = tables == "int4" or mlp == "int8"
+    far, least = (_COARSE_FAR, _COARSE_CORRELATION) if coarse else (_FAR, _CORRELATION)
     seen = f"{agreement.max_abs_difference:.2g}"
     if agreement.correlation is not None:
         seen += f", correlation of the logits {agreement.correlation:.4f}"

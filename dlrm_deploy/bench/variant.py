@@ -8,7 +8,7 @@ from typing import Any
 from dlrm_deploy.errors import ConfigError
 
 TABLES = ("fp32", "fp16", "bf16", "int8", "int4", "auto")
-MLPS = ("fp32", "bf16")
+MLPS = ("fp32", "bf16", "int8")
 
 ENGINE = "onnxruntime"
 """The engine that variants are measured with."""

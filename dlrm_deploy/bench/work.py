@@ -33,7 +33,7 @@ class Work:
     """Multiplications and additions of MLPs, cross layers and interaction; pooling is not counted."""
 
     mlp: str
-    """Number format that they run in, fp32 or bf16."""
+    """Number format that they run in: fp32, fp16, bf16 or int8."""
 
     @property
     def bytes(self) -> float:
@@ -65,14 +65,17 @@ class Floor(NamedTuple):
 
 
 def floor_of(work: Work, calibration: Calibration, batch_size: int) -> Floor:
-    """The floor of a batch. bf16 runs at the AMX rate; where there is no AMX, at that of fp32 multiply-adds."""
+    """The floor of a batch.
+
+    bf16 and int8 run at their AMX rates with all of their operations, those of the interaction too. Where there is no
+    AMX they run at the rate of fp32 multiply-adds.
+    """
 
     def gather_ms(rates: Mapping[int, float]) -> float:
         return sum(count / rates[size] for size, count in work.gathered.items()) * batch_size * 1e-6
 
-    rate = calibration.fma_gflops
-    if work.mlp == "bf16" and calibration.amx_bf16_gflops is not None:
-        rate = calibration.amx_bf16_gflops
+    amx = {"bf16": calibration.amx_bf16_gflops, "int8": calibration.amx_int8_gops}.get(work.mlp)
+    rate = calibration.fma_gflops if amx is None else amx
     return Floor(
         gather_ms=gather_ms(calibration.gather),
         compute_ms=work.flops / rate * batch_size * 1e-6,
@@ -86,7 +89,7 @@ def work_of(config: ModelConfig, formats: Mapping[str, RowFormat], mlp: str, bat
     Args:
         config: the model. Rows of path tables are not counted.
         formats: row format of each table part that is not fp32.
-        mlp: fp32 or bf16.
+        mlp: number format of the MLPs.
         batches: at least one sample.
     """
     samples = sum(batch.batch_size for batch in batches)

@@ -9,7 +9,7 @@ and `torch.compile`, they go through the custom ops. Both are the same functions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,25 +34,13 @@ from dlrm_deploy.model.keys import (
     table_key,
     top_keys,
 )
+from dlrm_deploy.model.layers import Layer
 from dlrm_deploy.model.vectors import Run, path_features, runs, wide_places
 from dlrm_deploy.ops import torch_ops
 from dlrm_deploy.ops.contract import BagAttributes
 
 StoredGroup = Mapping[RowFormat, Tensor]
 """The stored matrices of a table group by their format, those of bf16 as bfloat16."""
-
-Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A linear layer: input [B, in], weight [out, in] and bias [out] to [B, out], all float32."""
-
-
-def to_bf16(x: Tensor) -> Tensor:
-    """The nearest bfloat16 numbers, ties to even, as float32."""
-    return x.bfloat16().float()
-
-
-def bf16_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer whose input is rounded to bfloat16, with sums in float32. Its weight is rounded already."""
-    return F.linear(to_bf16(x), weight, bias)
 
 
 class DLRM(nn.Module):

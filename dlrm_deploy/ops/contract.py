@@ -13,6 +13,7 @@ from typing import Any
 from dlrm_deploy.config import INDEX_POLICIES, ModelConfig
 from dlrm_deploy.errors import BatchError
 from dlrm_deploy.formats import ROW_FORMATS, GroupLayout, RowFormat, stored_columns
+from dlrm_deploy.int8_codes import MOST_INPUTS
 from dlrm_deploy.tables import DIVISIONS, MAX_IDS, TableGroup, TablePart
 
 _MOST = (1 << 63) - 1  # of an ONNX attribute
@@ -384,6 +385,31 @@ def check_mlp(x: Any, layers: Sequence[tuple[Any, Any]]) -> None:
             raise BatchError(f"weight {number} has {weight.shape[1]} columns for {inputs} inputs.")
         if len(bias) != len(weight) or len(weight) < 1:
             raise BatchError(f"bias {number} has {len(bias)} values for the {len(weight)} rows of its weight.")
+        inputs = len(weight)
+
+
+def check_mlp_int8(x: Any, layers: Sequence[tuple[Any, Any, Any]]) -> None:
+    """See that x [B, K] and the layers' weights [N, K], scales [N] and biases [N], arrays or tensors, go together.
+
+    Raises:
+        BatchError: no layer, a wrong type or rank, sizes that do not go together, or more than `MOST_INPUTS` inputs.
+    """
+    check_array("x", x, 2, "float32")
+    if not layers:
+        raise BatchError("an MlpInt8 needs at least one layer.")
+    inputs = int(x.shape[1])
+    for number, (weight, scale, bias) in enumerate(layers):
+        check_array(f"weight {number}", weight, 2, "int8")
+        check_array(f"scale {number}", scale, 1, "float32")
+        check_array(f"bias {number}", bias, 1, "float32")
+        if weight.shape[1] != inputs or not 1 <= inputs <= MOST_INPUTS:
+            raise BatchError(
+                f"weight {number} has {weight.shape[1]} columns for {inputs} inputs, expected as many, from 1 to "
+                f"{MOST_INPUTS}."
+            )
+        for name, values in (("scale", scale), ("bias", bias)):
+            if len(values) != len(weight) or len(weight) < 1:
+                raise BatchError(f"{name} {number} has {len(values)} values for the {len(weight)} rows of its weight.")
         inputs = len(weight)
 
 

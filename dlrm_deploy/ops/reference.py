@@ -14,7 +14,15 @@ import numpy.typing as npt
 
 from dlrm_deploy.errors import BatchError
 from dlrm_deploy.formats import RowFormat, decode, from_bf16, to_bf16
-from dlrm_deploy.ops.contract import BagAttributes, by_format, check_bag_interaction, check_interaction, check_mlp
+from dlrm_deploy.int8_codes import quantize_samples
+from dlrm_deploy.ops.contract import (
+    BagAttributes,
+    by_format,
+    check_bag_interaction,
+    check_interaction,
+    check_mlp,
+    check_mlp_int8,
+)
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -192,6 +200,36 @@ def mlp(
                 # not, one of the two is too small to change the float32 that the other one is.
                 sums_BN = (sums_BN + x_BK[:, k, None] * weight_KN[k]).astype(np.float32)
             x = sums_BN + bias
+        if relu_last or number < len(layers) - 1:
+            x = np.where(x <= 0, np.float32(0), x)
+    return x
+
+
+def mlp_int8(
+    x: FloatArray, layers: Sequence[tuple[npt.NDArray[np.int8], FloatArray, FloatArray]], *, relu_last: bool = True
+) -> FloatArray:
+    """A chain of dense layers with a ReLU behind each, on int8 inputs and weights.
+
+    Args:
+        x: [B, K] float32.
+        layers: of each layer the codes of its weight [N, K] int8, their scales [N] and the bias [N] float32.
+        relu_last: whether a ReLU stands behind the last layer too.
+
+    Returns:
+        [B, N of the last layer] float32: sum of products of codes * step * scale + bias, each operation rounded once,
+        so that all forms agree bit for bit, apart from the payload of NaN and the sign of zero. ReLU keeps NaN. All
+        outputs of a sample are NaN where one of its values is NaN or infinite.
+
+    Raises:
+        BatchError: an input breaks the contract.
+    """
+    check_mlp_int8(x, layers)
+    for number, (weight, scale, bias) in enumerate(layers):
+        codes, step = quantize_samples(x)
+        # Whole numbers below 2^53: exact in any order.
+        sums_BN = (codes.astype(np.float64) @ weight.astype(np.float64).T).astype(np.int32)
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinities follow IEEE arithmetic
+            x = sums_BN.astype(np.float32) * step[:, None] * scale + bias
         if relu_last or number < len(layers) - 1:
             x = np.where(x <= 0, np.float32(0), x)
     return x

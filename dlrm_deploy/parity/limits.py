@@ -16,13 +16,15 @@ from dlrm_deploy.config import ModelConfig
 from dlrm_deploy.data.random import random_batch, with_longer_bags
 from dlrm_deploy.engines.engine import Engine
 from dlrm_deploy.engines.registry import PLAN_ENGINES
+from dlrm_deploy.int8_codes import LARGEST_CODE
 from dlrm_deploy.model.rounding import derived_limit
 from dlrm_deploy.parity.compare import Limit
 
 if TYPE_CHECKING:
-    from dlrm_deploy.parity.bf16_limit import RoundingLimit  # brings torch
+    from dlrm_deploy.parity.rounding_limit import RoundingLimit  # brings torch
 
-_ROUNDING_UNITS = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+_ROUNDING_UNITS = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 0.5 / LARGEST_CODE}
+"""Largest error of a rounded value: of its own size, in int8 of the size of its sample's largest value."""
 
 _SAMPLES = 1024
 _SEED = 7
@@ -40,20 +42,20 @@ class Limits:
     Plans compute in a number format of their own, and are compared with a reference in that of the bundle's MLPs: the
     coarser of the two counts (`precision_limit`). Other engines compute with what the bundle
     stores: they differ by the order of float32 sums (`derived_limit`), whatever the format of the tables, and where the
-    MLPs are bfloat16 by what that changes in roundings (`dlrm_deploy.parity.bf16_limit`).
+    MLPs are bfloat16 or int8 by what that changes in roundings (`dlrm_deploy.parity.rounding_limit`).
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, reference: Engine | None) -> None:
-        """Without a reference, for want of torch, bfloat16 MLPs get the wide limit of a plan."""
+        """Without a reference, for want of torch, bfloat16 and int8 MLPs get the wide limit of a plan."""
         self._config = bundle.config
         plan = engine.name in PLAN_ENGINES
         mlp = bundle.manifest.mlp_precision
-        bf16 = mlp == "bf16" and not plan
+        rounds = mlp != "fp32" and not plan
         if plan:
             self._precision = max(engine.precision, mlp, key=_ROUNDING_UNITS.__getitem__)
         else:
-            self._precision = "bf16" if bf16 and reference is None else "fp32"
-        self._roundings = _roundings(reference) if bf16 and reference is not None else None
+            self._precision = mlp if rounds and reference is None else "fp32"
+        self._roundings = _roundings(reference) if rounds and reference is not None else None
         self._most = 0.0
         if self._roundings is not None:
             drawn = random_batch(with_longer_bags(bundle.config), _SAMPLES, np.random.default_rng(_SEED))
@@ -75,7 +77,7 @@ class Limits:
 
 def _roundings(reference: Engine) -> Callable[[Batch], RoundingLimit]:
     from dlrm_deploy.engines.torch_eager import TorchEngine
-    from dlrm_deploy.parity.bf16_limit import rounding_limit
+    from dlrm_deploy.parity.rounding_limit import rounding_limit
 
     assert isinstance(reference, TorchEngine)
 

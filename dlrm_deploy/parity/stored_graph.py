@@ -8,19 +8,15 @@ another way; then only its weights are compared.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
 import dlrm_deploy
 from dlrm_deploy.bundle import Bundle
 from dlrm_deploy.errors import BundleError
-from dlrm_deploy.export.graph import write_model
-from dlrm_deploy.formats import from_bf16, to_bf16
-from dlrm_deploy.model.keys import mlp_weight_keys
+from dlrm_deploy.export.graph import dense_tensors, write_model
 
 _SHOWN = 60
 
@@ -40,12 +36,13 @@ def differences(bundle: Bundle) -> Iterator[tuple[str, str]]:
     weights = bundle.dense_weights()
     held = {tensor.name: tensor for tensor in stored.graph.initializer}
     manifest = bundle.manifest
-    rounded = mlp_weight_keys(manifest.model) if manifest.mlp_precision == "bf16" else frozenset()
-    for key, weight in weights.items():
-        if key not in held:
-            yield f"weight {key}", "the graph does not hold it"
-        elif detail := _held_difference(held[key], weight, key in rounded):
-            yield f"weight {key}", detail
+    dense = set()
+    for tensor in dense_tensors(manifest.model, weights, manifest.mlp_precision):
+        dense.add(tensor.name)
+        if tensor.name not in held:
+            yield f"weight {tensor.name}", "the graph does not hold it"
+        elif detail := _weight_difference(held[tensor.name], tensor):
+            yield f"weight {tensor.name}", detail
     if stored.producer_version != dlrm_deploy.__version__:
         return
     expected = write_model(
@@ -57,7 +54,7 @@ def differences(bundle: Bundle) -> Iterator[tuple[str, str]]:
         mlp_precision=manifest.mlp_precision,
     )
     for tensor in expected.graph.initializer:
-        if tensor.name not in weights and held.get(tensor.name) != tensor:
+        if tensor.name not in dense and held.get(tensor.name) != tensor:
             yield f"tensor {tensor.name}", "it does not refer to its table file as exported"
     yield from _node_differences("graph", stored.graph.node, expected.graph.node)
     bodies = {(body.name, body.overload): body for body in stored.functions}
@@ -70,25 +67,19 @@ def differences(bundle: Bundle) -> Iterator[tuple[str, str]]:
             yield from _node_differences(place, found.node, body.node)
 
 
-def _held_difference(held: onnx.TensorProto, weight: npt.NDArray[np.float32], rounded: bool) -> str | None:
-    """`_weight_difference` for a weight that the graph holds in float32, or rounded to bfloat16."""
-    is_bf16 = held.data_type == onnx.TensorProto.BFLOAT16
-    if is_bf16 != rounded:
-        kind = onnx.TensorProto.DataType.Name(held.data_type)
-        return f"the graph holds it as {kind}, expected {'BFLOAT16' if rounded else 'FLOAT'}"
-    values = numpy_helper.to_array(held)
-    return _weight_difference(
-        values.astype(np.float32) if is_bf16 else values, from_bf16(to_bf16(weight)) if rounded else weight
-    )
-
-
-def _weight_difference(held: npt.NDArray[Any], weight: npt.NDArray[np.float32]) -> str | None:
-    """In what way the graph's copy of a weight is another one; None where all bits are equal."""
-    if held.shape != weight.shape or held.dtype != weight.dtype:
+def _weight_difference(stored: onnx.TensorProto, expected: onnx.TensorProto) -> str | None:
+    """In what way the graph's copy of a weight is not the one that is exported; None where all bits are equal."""
+    if stored.data_type != expected.data_type:
+        kinds = [onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in (stored, expected)]
+        return f"the graph holds it as {kinds[0]}, expected {kinds[1]}"
+    held, weight = numpy_helper.to_array(stored), numpy_helper.to_array(expected)
+    if held.shape != weight.shape:
         return f"the graph holds {held.dtype} {list(held.shape)}, dense.npz {weight.dtype} {list(weight.shape)}"
-    different = int((held.view(np.uint32) != weight.view(np.uint32)).sum())
+    bits = f"u{weight.itemsize}"
+    different = int((held.view(bits) != weight.view(bits)).sum())
     if different == 0:
         return None
+    held, weight = held.astype(np.float32), weight.astype(np.float32)  # NumPy cannot sort bfloat16
     if weight.ndim == 2 and weight.shape[0] == weight.shape[1] and np.array_equal(held, weight.T):
         return "the graph holds its transpose"
     if not held.any():

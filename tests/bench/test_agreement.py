@@ -41,9 +41,12 @@ def test_rounding_of_bf16_and_int8_is_accepted():
     checked(probabilities(LOGITS + noise), tables="int8")
 
 
-def test_int4_tables_may_be_farther_off():
+def test_int4_tables_and_int8_mlps_may_be_farther_off():
     noise = np.random.default_rng(2).normal(0, 0.006, 300)
     checked(probabilities(LOGITS + noise), tables="int4")
+    checked(probabilities(LOGITS + noise), mlp="int8")
+    with pytest.raises(EngineError, match="at most 0.1, and a correlation of at least 0.9"):
+        checked(probabilities(LOGITS + 3 * noise), mlp="int8")
     with pytest.raises(EngineError, match="at most 0.02, and a correlation of at least 0.99"):
         checked(probabilities(LOGITS + noise), tables="int8")
 

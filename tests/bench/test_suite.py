@@ -22,6 +22,9 @@ def small_and_quick(monkeypatch):
     monkeypatch.setattr(suite, "SLICE_MS", 0.1)
 
 
+INT8_MLPS = ("onnxruntime[fp32,int8]", "onnxruntime[int8,int8]")
+
+
 def test_every_goal_is_measured():
     measured = {
         (model.preset, batch, label)
@@ -30,7 +33,7 @@ def test_every_goal_is_measured():
         for label in settings_of(model, rounds=1, threads=1, engines=("torch",)).labels
     }
     assert {(goal.model, goal.batch, goal.engine) for goal in GOALS} <= measured
-    assert {engine for _, _, engine in measured} == {"torch", BF16, INT8}
+    assert {engine for _, _, engine in measured} == {"torch", BF16, INT8, *INT8_MLPS}
     assert {preset(model.preset).name for model in MODELS} == {goal.model for goal in GOALS}
 
 
@@ -53,7 +56,7 @@ def test_the_whole_suite_writes_rows_report_goals_and_pictures(tmp_path, monkeyp
     result = CliRunner().invoke(suite.main, [str(option) for option in (*options, "--demo", tmp_path / "none")])
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (tmp_path / "rows" / "kaggle.jsonl").read_text().splitlines()]
-    assert [row["engine"] for row in rows] == ["torch", "onnxruntime", BF16, INT8]
+    assert [row["engine"] for row in rows] == ["torch", "onnxruntime", BF16, INT8, *INT8_MLPS]
     assert all(row["command"].startswith("dlrm-deploy bench --preset kaggle --scale-rows 1e-05 ") for row in rows)
     assert "kaggle" in (tmp_path / "rows" / "report.html").read_text()
     text = page.read_text()

@@ -11,6 +11,7 @@ from dlrm_deploy.errors import ConfigError
     [
         ("tables=int8,mlp=bf16", "onnxruntime[int8,bf16]", "tables=int8,mlp=bf16"),
         ("mlp=bf16", "onnxruntime[fp32,bf16]", "tables=fp32,mlp=bf16"),
+        ("tables=int8,mlp=int8", "onnxruntime[int8,int8]", "tables=int8,mlp=int8"),
         (" tables=auto", "onnxruntime[auto,fp32]", "tables=auto,mlp=fp32"),
     ],
 )
@@ -26,7 +27,7 @@ def test_a_variant_is_read_named_and_written(text, label, again):
         ("int8", "'int8' is not of the form tables=int8,mlp=bf16"),
         ("tables=int8,tables=int4", "not of the form"),
         ("tables=int2", "tables must be one of fp32, fp16, bf16, int8, int4, auto, got 'int2'"),
-        ("mlp=fp16", "mlp must be one of fp32, bf16, got 'fp16'"),
+        ("mlp=fp16", "mlp must be one of fp32, bf16, int8, got 'fp16'"),
         ("tables=fp32", "both fp32, which is the bundle itself"),
         ("", "not of the form"),
     ],

@@ -35,11 +35,11 @@ def test_bytes_are_those_of_the_bags_measured():
     assert work_of(config, {}, "fp32", batches).bytes == 8 * 2 * 256
 
 
-def calibration(amx: float | None) -> Calibration:
+def calibration(amx: float | None, int8: float | None = None) -> Calibration:
     return Calibration(
         fma_gflops=100.0,
         amx_bf16_gflops=amx,
-        amx_int8_gops=None,
+        amx_int8_gops=int8,
         stream_gb_per_s=1.0,
         gather={64: 4.0, 20: 2.0},
         gather_replayed={64: 8.0, 20: 4.0},
@@ -56,5 +56,11 @@ def test_the_floor_adds_each_row_size_at_its_rate_and_operations_at_the_rate_of_
     assert (in_bf16.overlap_ms, in_bf16.strict_ms) == pytest.approx((0.015, 0.01))
 
 
-def test_bf16_without_amx_runs_at_the_rate_of_float32():
-    assert floor_of(Work(gathered={}, flops=1e6, mlp="bf16"), calibration(None), 1).compute_ms == pytest.approx(0.01)
+def test_int8_runs_at_its_own_rate():
+    in_int8 = floor_of(Work(gathered={}, flops=1e6, mlp="int8"), calibration(1000.0, 2000.0), 1)
+    assert in_int8.compute_ms == pytest.approx(0.0005)
+
+
+@pytest.mark.parametrize("mlp", ["bf16", "int8"])
+def test_without_amx_everything_runs_at_the_rate_of_float32(mlp):
+    assert floor_of(Work(gathered={}, flops=1e6, mlp=mlp), calibration(None), 1).compute_ms == pytest.approx(0.01)

@@ -63,6 +63,6 @@ def test_build_exits_3_where_there_is_no_bundle(tmp_path):
     assert "is not a bundle" in result.stderr
 
 
-@pytest.mark.parametrize("wrong", [["--engine", "onnxruntime"], ["--precision", "int8"], ["--max-batch", "0"]])
+@pytest.mark.parametrize("wrong", [["--engine", "onnxruntime"], ["--precision", "int4"], ["--max-batch", "0"]])
 def test_build_exits_2_on_wrong_usage(path, wrong):
     assert run(path, *wrong).exit_code == 2

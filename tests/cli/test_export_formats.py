@@ -28,11 +28,12 @@ def save_labelled(path, config, samples=400):
     return path
 
 
-def test_a_preset_is_converted_checked_and_leaves_no_fp32_bundle(tmp_path):
-    result = run(*KAGGLE, "--tables", "int8", "--mlp", "bf16", "--out", tmp_path / "bundle")
+@pytest.mark.parametrize("mlp", ["bf16", "int8"])
+def test_a_preset_is_converted_checked_and_leaves_no_fp32_bundle(tmp_path, mlp):
+    result = run(*KAGGLE, "--tables", "int8", "--mlp", mlp, "--out", tmp_path / "bundle")
     assert result.exit_code == 0, result.output
     bundle = Bundle.open(tmp_path / "bundle", verify="full")
-    assert bundle.manifest.precision == {"tables": "int8", "mlp": "bf16"}
+    assert bundle.manifest.precision == {"tables": "int8", "mlp": mlp}
     assert bundle.parity_gap("onnxruntime-stock") is None
     assert bundle.manifest.accuracy["passed"]
     for text in (

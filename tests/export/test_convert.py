@@ -18,11 +18,12 @@ from dlrm_deploy.export.bundle import export_bundle
 from dlrm_deploy.export.convert import convert_bundle
 from dlrm_deploy.export.sources import RandomSource
 from dlrm_deploy.formats import decode, encode, from_bf16, to_bf16
+from dlrm_deploy.int8_codes import quantize_weight
 from dlrm_deploy.model.keys import mlp_weight_keys
 from dlrm_deploy.parity.against_source import differences
 from dlrm_deploy.parity.check import stored_cases
 
-KINDS = (("fp16", "fp32"), ("bf16", "bf16"), ("int8", "bf16"), ("int4", "fp32"), ("fp32", "bf16"))
+KINDS = (("fp16", "fp32"), ("bf16", "bf16"), ("int8", "int8"), ("int4", "fp32"), ("fp32", "bf16"), ("fp32", "int8"))
 
 
 @pytest.fixture(params=KINDS, ids="-".join)
@@ -84,6 +85,40 @@ def test_mlp_weights_are_the_nearest_bfloat16_and_dense_npz_stays_fp32(any_bundl
     chains = [node for node in model.graph.node if node.op_type == "Mlp"]
     assert sum(len(node.input) // 2 for node in chains) == len(rounded)
     assert ("Mlp" in converted.manifest.operators) == bool(rounded)
+
+
+def test_int8_mlp_weights_have_a_scale_a_row_and_dense_npz_stays_fp32(any_bundle, tmp_path):
+    converted = convert_bundle(any_bundle, tmp_path / "converted", tables="fp32", mlp="int8")
+    model = onnx.load(converted.model_path, load_external_data=False)
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.raw_data}
+    weights, rounded = any_bundle.dense_weights(), mlp_weight_keys(any_bundle.config)
+    for key, weight in converted.dense_weights().items():
+        np.testing.assert_array_equal(weight, weights[key])
+        if key in rounded:
+            codes, scales = quantize_weight(weight)
+            np.testing.assert_array_equal(held.pop(f"{key}_scale"), scales)
+            assert held[key].dtype == np.int8
+            weight = codes
+        np.testing.assert_array_equal(held.pop(key), weight)
+    assert held == {}
+    chains = [node for node in model.graph.node if node.op_type == "MlpInt8"]
+    assert sum(len(node.input) // 3 for node in chains) == len(rounded)
+    assert ("MlpInt8" in converted.manifest.operators) == bool(rounded)
+
+
+def test_a_weight_that_int8_cannot_store_is_named_and_nothing_is_left(tmp_path):
+    key = "over_arch.model.0._mlp.0._linear.weight"
+
+    class Spoiled(RandomSource):
+        def dense(self):
+            tensors = super().dense()
+            tensors[key][2, 1] = np.inf
+            return tensors
+
+    fp32 = export_bundle(Spoiled(CONFIGS["dot"], seed=3), tmp_path / "fp32")
+    with pytest.raises(FormatError, match=f"{key}, row 2: int8 cannot store the value inf of input 1"):
+        convert_bundle(fp32, tmp_path / "out", tables="int8", mlp="int8")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_golden_batch_holds_the_scores_of_both_models(tmp_path):

@@ -19,6 +19,9 @@ from awkward import (
     stored_bags,
     stored_case,
 )
+from int8_layers import CASES as INT8_CASES
+from int8_layers import random_layers as random_int8_layers
+from int8_layers import same_bits
 from onnx import TensorProto, helper, numpy_helper
 
 from dlrm_deploy.errors import EngineError
@@ -27,12 +30,13 @@ from dlrm_deploy.export.function_bodies import (
     embedding_bag_dot_interaction_function,
     embedding_bag_function,
     mlp_function,
+    mlp_int8_function,
 )
 from dlrm_deploy.export.nodes import DOMAIN, Nodes
 from dlrm_deploy.export.pooling_bodies import pool_fixed
 from dlrm_deploy.formats import to_bf16
 from dlrm_deploy.ops.contract import BagAttributes, matrix_input
-from dlrm_deploy.ops.reference import dot_interaction, embedding_bag_dot_interaction, mlp
+from dlrm_deploy.ops.reference import dot_interaction, embedding_bag_dot_interaction, mlp, mlp_int8
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -342,23 +346,49 @@ def test_mlp_body_rounds_the_inputs_of_every_layer_to_the_nearest_bfloat16():
             np.testing.assert_array_equal(run_mlp(x, layers[:count], relu_last), expected)
 
 
-def test_mlp_body_s_weights_are_widened_once_at_load():
-    layers = random_layers(8, 6, 4)
-    feed = {f"{kind}{i}": part for i, layer in enumerate(layers) for kind, part in zip("wb", layer, strict=True)}
-    initializers = [
-        numpy_helper.from_array(array.view(BF16) if name[0] == "w" else array, name) for name, array in feed.items()
-    ]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", n]) for name, n in (("x", 8), ("y", 4)))
-    node = helper.make_node("Mlp", ["x", "w0", "b0", "w1", "b1"], ["y"], domain=DOMAIN, relu_last=1)
+def ran_with_constant_weights(
+    operator: str, function: onnx.FunctionProto, feed: dict[str, np.ndarray], ends: tuple[int, int]
+) -> list[str]:
+    """The operators that run for a node whose weights are initializers, from `ends[0]` to `ends[1]` columns."""
+    initializers = [numpy_helper.from_array(array, name) for name, array in feed.items()]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["B", k]) for n, k in zip("xy", ends, strict=True))
+    node = helper.make_node(operator, ["x", *feed], ["y"], domain=DOMAIN, relu_last=1)
     graph = helper.make_graph([node], "test", [x], [y], initializers)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, functions=[mlp_function(2, True, "")], opset_imports=opsets, ir_version=10)
+    model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = f"{folder}/profile"
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        session.run(None, {"x": np.ones((3, 8), np.float32)})
+        session.run(None, {"x": np.ones((3, ends[0]), np.float32)})
         events = json.loads(Path(session.end_profiling()).read_text())
-    ran = [event["args"]["op_name"] for event in events if event.get("name", "").endswith("kernel_time")]
+    return [event["args"]["op_name"] for event in events if event.get("name", "").endswith("kernel_time")]
+
+
+def test_mlp_body_s_weights_are_widened_once_at_load():
+    layers = [(weight.view(BF16), bias) for weight, bias in random_layers(8, 6, 4)]
+    feed = {f"{kind}{i}": part for i, layer in enumerate(layers) for kind, part in zip("wb", layer, strict=True)}
+    ran = ran_with_constant_weights("Mlp", mlp_function(2, True, ""), feed, (8, 4))
     assert ran.count("Cast") == 4  # of the inputs of both layers, there and back
+
+
+def test_mlp_int8_body_s_weights_are_widened_once_at_load():
+    layers = random_int8_layers(8, 6, 4)
+    feed = {f"{kind}{i}": part for i, layer in enumerate(layers) for kind, part in zip("wsb", layer, strict=True)}
+    ran = ran_with_constant_weights("MlpInt8", mlp_int8_function([8, 6], True, ""), feed, (8, 4))
+    assert ran.count("Cast") == 0
+    assert sum("Gemm" in name or "MatMul" in name for name in ran) == 2
+
+
+@pytest.mark.parametrize("relu_last", [False, True])
+@pytest.mark.parametrize("case", INT8_CASES)
+def test_mlp_int8_body_has_the_reference_s_bits(case, relu_last):
+    x, layers = INT8_CASES[case]
+    feed = {"x": x}
+    for number, layer in enumerate(layers):
+        feed |= {f"{kind}{number}": part for kind, part in zip("wsb", layer, strict=True)}
+    node = helper.make_node("MlpInt8", list(feed), ["y"], domain=DOMAIN, relu_last=int(relu_last), overload="top")
+    function = mlp_int8_function([weight.shape[1] for weight, _, _ in layers], relu_last, "top")
+    (actual,) = run_node(node, function, feed, (2,))
+    assert same_bits(actual, mlp_int8(x, layers, relu_last=relu_last))

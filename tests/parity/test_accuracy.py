@@ -94,7 +94,8 @@ def test_labelled_samples_that_cannot_be_scored_are_refused_with_the_reason(fp32
 
 
 @pytest.mark.parametrize(
-    ("tables", "mlp", "limit"), [("int8", "fp32", 5e-4), ("int4", "bf16", 2e-3), ("fp32", "bf16", 5e-4)]
+    ("tables", "mlp", "limit"),
+    [("int8", "fp32", 5e-4), ("int4", "bf16", 2e-3), ("fp32", "bf16", 5e-4), ("fp32", "int8", 5e-4)],
 )
 def test_the_coarsest_format_sets_the_default_limit(tables, mlp, limit, tmp_path):
     fp32 = make_bundle("dot", tmp_path / "fp32")

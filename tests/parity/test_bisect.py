@@ -331,8 +331,9 @@ def test_a_stored_row_that_was_changed_is_found_at_rest(tmp_path):
     assert [departure.stage for departure in report.departures] == ["table t_b"]
 
 
-def test_stages_of_bf16_mlps_are_not_compared_and_the_report_says_what_to_do(tmp_path):
-    bundle = convert_bundle(make_bundle("dot", tmp_path / "fp32"), tmp_path / "bf16", tables="int8", mlp="bf16")
+@pytest.mark.parametrize("mlp", ["bf16", "int8"])
+def test_stages_of_rounded_mlps_are_not_compared_and_the_report_says_what_to_do(tmp_path, mlp):
+    bundle = convert_bundle(make_bundle("dot", tmp_path / "fp32"), tmp_path / mlp, tables="int8", mlp=mlp)
     report = bisect(bundle, "onnxruntime-stock", random_batch(bundle.config, 8, np.random.default_rng(0)))
     assert report.departures == ()
     assert "Bisect the fp32 bundle that it was converted from" in report.summary()

@@ -250,7 +250,7 @@ def test_a_bundle_without_checksums_has_no_such_case_and_one_that_lost_them_is_d
 
 def test_every_precision_has_a_limit_that_grows_with_its_rounding_unit(bundle):
     limits = [precision_limit(bundle.config, precision) for precision in PRECISIONS]
-    assert limits == [LEAST_LIMIT, LEAST_LIMIT * 2**13, LEAST_LIMIT * 2**16]
+    assert limits == [LEAST_LIMIT, LEAST_LIMIT * 2**13, LEAST_LIMIT * 2**16, pytest.approx(LEAST_LIMIT * 2**24 / 254)]
 
 
 def test_a_batch_given_is_the_only_one_compared(bundle, faulty):

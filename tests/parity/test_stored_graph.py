@@ -4,6 +4,7 @@ import pytest
 from bundles import make_bundle
 from onnx import helper, numpy_helper
 
+from dlrm_deploy.export.convert import convert_bundle
 from dlrm_deploy.model.keys import top_keys
 from dlrm_deploy.parity.stored_graph import differences
 
@@ -34,6 +35,43 @@ def test_one_bit_of_a_weight_is_seen(bundle):
 
     change(bundle, edit)
     assert list(differences(bundle)) == [(f"weight {key}", "1 of 224 values in the graph are not those of dense.npz")]
+
+
+@pytest.mark.parametrize("suffix", ["", "_scale"])
+def test_a_code_or_a_scale_of_an_int8_weight_that_was_changed_is_seen(bundle, tmp_path, suffix):
+    key = top_keys(bundle.config)[0][0]
+    converted = convert_bundle(bundle, tmp_path / "int8", mlp="int8")
+    assert list(differences(converted)) == []
+
+    def edit(model):
+        (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == key + suffix]
+        values = numpy_helper.to_array(tensor).copy()
+        values[1] += 1
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    change(converted, edit)
+    seen = "14 of 224" if not suffix else "1 of 16"
+    assert list(differences(converted)) == [
+        (f"weight {key}{suffix}", f"{seen} values in the graph are not those of dense.npz")
+    ]
+
+
+def test_a_weight_of_another_type_and_one_that_is_not_there_are_named(bundle, tmp_path):
+    key = top_keys(bundle.config)[0][0]
+    converted = convert_bundle(bundle, tmp_path / "int8", mlp="int8")
+
+    def edit(model):
+        (at,) = [i for i, tensor in enumerate(model.graph.initializer) if tensor.name == key]
+        values = numpy_helper.to_array(model.graph.initializer[at]).astype(np.float32)
+        model.graph.initializer[at].CopyFrom(numpy_helper.from_array(values, key))
+        assert model.graph.initializer[at + 1].name == f"{key}_scale"
+        del model.graph.initializer[at + 1]
+
+    change(converted, edit)
+    assert list(differences(converted)) == [
+        (f"weight {key}", "the graph holds it as FLOAT, expected INT8"),
+        (f"weight {key}_scale", "the graph does not hold it"),
+    ]
 
 
 def test_a_changed_attribute_is_named_with_both_values(bundle):

@@ -84,6 +84,8 @@ def test_rtx_builds_every_kind_of_table_and_interaction(kind, tmp_path):
         ("int4", "fp32", "input", {"factors": (1, 1, 1, 1)}, "int8"),
         ("bf16", "fp32", "input", {"pooling": "mean"}, "bfloat16"),
         ("fp16", "bf16", "auto", {"self_interaction": True}, None),
+        ("int8", "int8", "constant", {}, None),
+        ("fp16", "int8", "input", {"interaction": "dcn", "pooling": "mean"}, "float16"),
     ],
 )
 def test_rtx_builds_plans_of_stored_rows_in_the_precision_of_the_bundle(
@@ -93,8 +95,8 @@ def test_rtx_builds_plans_of_stored_rows_in_the_precision_of_the_bundle(
     sidecar = build_plan(bundle, "tensorrt-rtx", max_batch=64, tables=tables).sidecar
     assert sidecar.precision == mlp
     assert sidecar.graph.rows == 64
-    # From the PyTorch model of the very numbers that are stored; a plan's interaction is in the MLPs' precision too.
-    assert 0 <= sidecar.graph.max_abs <= {"fp32": 1e-6, "bf16": 0.1}[mlp]
+    # From the PyTorch model of the very numbers that are stored. Beside bf16 MLPs the interaction is in bf16 too.
+    assert 0 <= sidecar.graph.max_abs <= {"fp32": 1e-6, "bf16": 0.1, "int8": 1e-6}[mlp]
     inputs = [(t.dtype, t.rows, t.width, t.sha256) for t in sidecar.table_inputs]
     records = bundle.manifest.table_groups
     assert inputs == [(dtype, r.rows, r.width, bundle.manifest.files[r.file].sha256) for r in records if dtype]
@@ -267,8 +269,8 @@ def test_data_center_tensorrt_is_not_touched_where_there_is_no_gpu(make_bundle, 
 
 
 def test_a_precision_that_no_plan_has_is_refused(make_bundle):
-    with pytest.raises(EngineError, match="precision 'int8'. Choose one of fp32, fp16, bf16"):
-        build_plan(make_bundle(), "tensorrt-rtx", precision="int8")
+    with pytest.raises(EngineError, match="precision 'int4'. Choose one of fp32, fp16, bf16, int8"):
+        build_plan(make_bundle(), "tensorrt-rtx", precision="int4")
 
 
 def test_profiles_cover_every_size_up_to_the_largest():

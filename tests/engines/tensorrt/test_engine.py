@@ -202,7 +202,7 @@ def test_a_plan_of_a_small_batch_passes_the_parity_check(make_bundle, fake_tenso
     assert "2048 random samples" in [case.name for case in report.cases]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_an_engine_says_the_precision_of_its_plan(make_bundle, fake_tensorrt, fake_driver, precision):
     bundle = make_bundle()
     build_plan(bundle, "tensorrt", precision=precision)
