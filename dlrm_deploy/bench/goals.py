@@ -107,7 +107,7 @@ def outcome(goal: Goal, rows: Sequence[Facts]) -> Outcome | None:
         peer=peer,
         lead=lead(goal.engine),
         over_floor=over_floor,
-        beside={name: lead(name) for name in (FP32, BF16, INT8) if name in at and name != goal.engine},
+        beside={name: lead(name) for name in at if name not in (*PEERS, goal.engine)},
     )
 
 
