@@ -10,8 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "c_api/thread_runner.h"
-#include "guarded_buffer.h"
+#include "mlp_case.h"
 
 namespace dlrm_deploy {
 namespace {
@@ -52,14 +51,6 @@ Chain RandomChain(std::vector<int64_t> widths, bool relu_last, unsigned seed) {
   return chain;
 }
 
-std::vector<float> RandomInputs(int64_t count, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& value : values) value = normal(random);
-  return values;
-}
-
 // Weights end at pages that nobody may touch while they are packed.
 PackedInt8Mlp Pack(const Chain& chain) {
   std::vector<GuardedBuffer<int8_t>> weights(chain.weights.begin(), chain.weights.end());
@@ -71,16 +62,6 @@ PackedInt8Mlp Pack(const Chain& chain) {
   PackedInt8Mlp mlp;
   EXPECT_FALSE(PackedInt8Mlp::Create(chain.inputs(), layers, chain.relu_last, &mlp));
   return mlp;
-}
-
-// x and y end at pages that nobody may touch.
-std::vector<float> OutputsOf(const PackedInt8Mlp& mlp, const KernelPath& path,
-                             const std::vector<float>& x, int64_t batch, int threads = 1) {
-  GuardedBuffer<float> in(x);
-  const auto size = static_cast<size_t>(batch * mlp.outputs());
-  GuardedBuffer<float> out(std::vector<float>(size, -7.0f));
-  EXPECT_FALSE(mlp.Run(path, in.data(), batch, ThreadRunner(threads), out.data()));
-  return std::vector<float>(out.data(), out.data() + size);
 }
 
 // What docs/operators.md promises, one sample after the other, with sums in 64 bits.
@@ -113,19 +94,6 @@ std::vector<float> Reference(const Chain& chain, const std::vector<float>& x, in
     y.insert(y.end(), in.begin(), in.end());
   }
   return y;
-}
-
-// Equal in every bit but the payload of NaN and the sign of zero.
-void ExpectSame(const std::vector<float>& seen, const std::vector<float>& expected,
-                const std::string& what) {
-  ASSERT_EQ(seen.size(), expected.size()) << what;
-  for (size_t i = 0; i < seen.size(); ++i) {
-    if (std::isnan(expected[i])) {
-      ASSERT_TRUE(std::isnan(seen[i])) << what << " at " << i << ": " << seen[i];
-    } else {
-      ASSERT_EQ(seen[i], expected[i]) << what << " at " << i;
-    }
-  }
 }
 
 void ExpectRight(const Chain& chain, const std::vector<float>& x, int64_t batch) {

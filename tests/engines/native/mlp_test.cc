@@ -12,20 +12,13 @@
 #include <string>
 #include <vector>
 
-#include "c_api/thread_runner.h"
-#include "guarded_buffer.h"
+#include "mlp_case.h"
 
 namespace dlrm_deploy {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-uint32_t Bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 float FromBits(uint32_t bits) {
   float value;
@@ -72,14 +65,6 @@ Chain RandomChain(std::vector<int64_t> widths, bool relu_last, unsigned seed) {
   return chain;
 }
 
-std::vector<float> RandomInputs(int64_t count, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> values(static_cast<size_t>(count));
-  for (float& value : values) value = normal(random);
-  return values;
-}
-
 PackedMlp Pack(const Chain& chain) {
   std::vector<std::vector<uint16_t>> bits;
   std::vector<MlpWeights> layers;
@@ -94,16 +79,6 @@ PackedMlp Pack(const Chain& chain) {
   PackedMlp mlp;
   EXPECT_FALSE(PackedMlp::Create(chain.inputs(), layers, chain.relu_last, &mlp));
   return mlp;
-}
-
-// x and y end at pages that nobody may touch.
-std::vector<float> OutputsOf(const PackedMlp& mlp, const KernelPath& path,
-                             const std::vector<float>& x, int64_t batch, int threads = 1) {
-  GuardedBuffer<float> in(x);
-  const auto size = static_cast<size_t>(batch * mlp.outputs());
-  GuardedBuffer<float> out(std::vector<float>(size, -7.0f));
-  EXPECT_FALSE(mlp.Run(path, in.data(), batch, ThreadRunner(threads), out.data()));
-  return std::vector<float>(out.data(), out.data() + size);
 }
 
 // What docs/operators.md promises, one sample after the other.
@@ -128,20 +103,6 @@ std::vector<float> Reference(const Chain& chain, const std::vector<float>& x, in
     y.insert(y.end(), in.begin(), in.end());
   }
   return y;
-}
-
-// Equal in every bit but the payload of NaN.
-void ExpectSame(const std::vector<float>& seen, const std::vector<float>& expected,
-                const std::string& what) {
-  ASSERT_EQ(seen.size(), expected.size()) << what;
-  for (size_t i = 0; i < seen.size(); ++i) {
-    if (std::isnan(expected[i])) {
-      ASSERT_TRUE(std::isnan(seen[i])) << what << " at " << i << ": " << seen[i];
-    } else {
-      ASSERT_EQ(Bits(seen[i]), Bits(expected[i]))
-          << what << " at " << i << ": " << seen[i] << " instead of " << expected[i];
-    }
-  }
 }
 
 bool KeepsOrder(const KernelPath& path) { return std::string(path.name) != "amx"; }
