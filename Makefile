@@ -76,7 +76,7 @@ sanitize-address sanitize-thread: sanitize-%: $(VENV)/ready
 	$(BIN)/cmake --build build/$* --parallel 2
 	$(FIXED_ADDRESSES) $(BIN)/ctest --test-dir build/$* --output-on-failure
 	$(if $(filter address,$*),$(IN_ADDRESS_SANITIZER) $(BIN)/python -m pytest \
-		$(addprefix tests/engines/native/test_,custom_ops.py fused_ops.py mlp.py))
+		$(addprefix tests/engines/native/test_,custom_ops.py fused_ops.py int8_mlp.py mlp.py))
 
 clean:
 	rm -rf build $(VENV)
