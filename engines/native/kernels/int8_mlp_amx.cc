@@ -115,8 +115,7 @@ inline __m512i PackCodes(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm512_permutexvar_epi32(order, packed);
 }
 
-// The largest magnitude of a sample, as bits: without the sign they order magnitudes as numbers do,
-// and NaN behind infinity.
+// The largest magnitude of a sample, as bits without the sign.
 inline uint32_t LargestMagnitude(const float* x, int64_t inputs) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i most = _mm512_setzero_si512();
@@ -136,7 +135,6 @@ inline uint32_t LargestMagnitude(const float* x, int64_t inputs) {
 struct Amx {
   static void Quantize(const float* x, int64_t stride, int64_t inputs, int64_t rows, void* to,
                        float* steps) {
-    constexpr uint32_t kInfinity = 0x7f800000u;
     const int64_t whole = inputs / kInt8TileInputs;
     const int64_t rest = inputs % kInt8TileInputs;
     const int64_t k_tiles = whole + (rest > 0);
@@ -144,12 +142,9 @@ struct Amx {
                                 FirstLanes(rest - 48)};
     for (int64_t row = 0; row < rows; ++row) {
       const float* in = x + row * stride;
-      const uint32_t bits = LargestMagnitude(in, inputs);
-      float largest;
-      __builtin_memcpy(&largest, &bits, sizeof largest);
-      // The step NaN makes all outputs NaN, whatever the codes.
-      steps[row] = bits < kInfinity ? largest / 127.0f : __builtin_nanf("");
-      const __m512 inverse = _mm512_set1_ps(largest >= kInt8Tiny ? 127.0f / largest : 0.0f);
+      const SampleScale scale = ScaleOf(LargestMagnitude(in, inputs));
+      steps[row] = scale.step;
+      const __m512 inverse = _mm512_set1_ps(scale.inverse);
       int8_t* codes = static_cast<int8_t*>(to) + row / kRows * k_tiles * kTileBytes +
                       row % kRows * kInt8TileInputs;
       for (int64_t k = 0; k < whole; ++k, in += kInt8TileInputs, codes += kTileBytes) {

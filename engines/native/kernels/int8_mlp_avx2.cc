@@ -20,7 +20,7 @@ struct Avx2 {
   }
   static Reg Multiply(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
 
-  // Bits without the sign order magnitudes as numbers do, and NaN behind infinity.
+  // Magnitudes as bits without the sign.
   static Magnitude NoMagnitude() { return _mm256_setzero_si256(); }
   static Magnitude Larger(Magnitude magnitude, Reg x) {
     const __m256i bits = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));

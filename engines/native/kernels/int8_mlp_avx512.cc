@@ -20,7 +20,7 @@ struct Avx512 {
   }
   static Reg Multiply(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
 
-  // Bits without the sign order magnitudes as numbers do, and NaN behind infinity.
+  // Magnitudes as bits without the sign.
   static Magnitude NoMagnitude() { return _mm512_setzero_si512(); }
   static Magnitude Larger(Magnitude magnitude, Reg x) {
     const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));

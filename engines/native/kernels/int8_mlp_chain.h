@@ -1,5 +1,5 @@
-// int8_mlp_chain.h: the order of quantizing and layers, the same on every path. Internal to each
-// file that includes it: see kernel_path.h.
+// int8_mlp_chain.h: the order of quantizing and layers and the scale of a sample, the same on every
+// path. Internal to each file that includes it: see kernel_path.h.
 //
 // A path P gives two functions:
 //   P::Quantize(x, stride, inputs, rows, codes, steps)
@@ -11,6 +11,23 @@
 
 namespace dlrm_deploy {
 namespace {
+
+// How a sample becomes codes: code = value * inverse, rounded.
+struct SampleScale {
+  float step;
+  float inverse;
+};
+
+// From the bits of a sample's largest magnitude: bits without the sign order magnitudes as numbers
+// do, and NaN behind infinity. The step of a sample that is not finite is NaN, which makes all of
+// its outputs NaN, whatever its codes.
+inline SampleScale ScaleOf(uint32_t largest_bits) {
+  constexpr uint32_t kInfinity = 0x7f800000u;
+  float largest;
+  __builtin_memcpy(&largest, &largest_bits, sizeof largest);
+  return {largest_bits < kInfinity ? largest / 127.0f : __builtin_nanf(""),
+          largest >= kInt8Tiny ? 127.0f / largest : 0.0f};
+}
 
 template <class P>
 inline void RunInt8Chain(const Int8MlpTask& task) {

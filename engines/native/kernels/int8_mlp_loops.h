@@ -18,7 +18,6 @@ template <class V>
 struct VectorInt8Mlp {
   static void Quantize(const float* x, int64_t stride, int64_t inputs, int64_t rows, void* to,
                        float* steps) {
-    constexpr uint32_t kInfinity = 0x7f800000u;
     const int64_t padded = (inputs + kInt8TileInputs - 1) / kInt8TileInputs * kInt8TileInputs;
     int16_t* codes = static_cast<int16_t*>(to);
     for (int64_t row = 0; row < rows; ++row, x += stride, codes += padded) {
@@ -28,18 +27,13 @@ struct VectorInt8Mlp {
         magnitude = V::Larger(magnitude, V::Load(x + k));
       }
       if (k < inputs) magnitude = V::Larger(magnitude, V::LoadFirst(inputs - k, x + k));
-      const uint32_t bits = V::Largest(magnitude);  // of magnitudes, NaN is the largest
-      float largest;
-      __builtin_memcpy(&largest, &bits, sizeof largest);
-      const bool finite = bits < kInfinity;
-      steps[row] = finite ? largest / 127.0f : __builtin_nanf("");
-      const bool zero = !finite || largest < kInt8Tiny;
-      const typename V::Reg inverse = V::Broadcast(zero ? 0.0f : 127.0f / largest);
-      k = 0;
-      for (; !zero && k + V::kLanes <= inputs; k += V::kLanes) {
+      const SampleScale scale = ScaleOf(V::Largest(magnitude));
+      steps[row] = scale.step;
+      const typename V::Reg inverse = V::Broadcast(scale.inverse);
+      for (k = 0; k + V::kLanes <= inputs; k += V::kLanes) {
         V::StoreCodes(codes + k, V::Multiply(V::Load(x + k), inverse));
       }
-      if (!zero && k < inputs) {
+      if (k < inputs) {
         V::StoreCodes(codes + k, V::Multiply(V::LoadFirst(inputs - k, x + k), inverse));
         k += V::kLanes;
       }
